@@ -1,15 +1,15 @@
 """Tiny random models, an offline tokenizer and made-up facts, shared by all tests.
 
-Nothing here is downloaded. Every helper is seeded: the same arguments give the same bits. The sizes are odd on purpose
-(a width of 37 finds a missing mask that 64 hides) and the weights are large enough that a random model has opinions:
-its hidden states differ from token to token and its next-token distribution is far from flat.
+Nothing here is downloaded. Every helper is seeded: the same arguments give the same bits. The sizes are odd
+on purpose (a width of 37 finds a missing mask that 64 hides) and the weights are large enough that a random
+model has opinions: its hidden states differ from token to token and its next-token distribution is not flat.
 
     model = tiny_model("llama", dtype=torch.float64)
     tokenizer = tiny_tokenizer()
     requests = [EditRequest(**fact) for fact in tiny_facts(4)]
     corpus = tiny_texts()
 
-`FAMILIES` lists every supported architecture; `tiny_config(family, **overrides)` takes any field of its config.
+`FAMILIES` lists every supported architecture; `tiny_config(family, **overrides)` takes any config field.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ FAMILIES = ("gpt2", "gptj", "gpt_neox", "llama", "mistral", "qwen2", "qwen3", "g
 VOCABULARY = 320  # 256 bytes, 3 special tokens, 61 merges
 PAD, EOS, BOS = 0, 1, 2
 
-_PLACES = ("Lund", "Oslo", "Turin", "Porto", "Graz", "Leeds", "Nantes", "Ghent", "Basel", "Cork", "Brno", "Split")
-_CRAFTS = ("baker", "pilot", "judge", "miner", "tailor", "weaver", "farmer", "singer", "doctor", "sailor", "clerk")
-_FIRST = ("Ada", "Bruno", "Clara", "Dmitri", "Elin", "Farid", "Greta", "Hugo", "Ines", "Jonas", "Karin", "Leo", "Mira")
-_LAST = ("Vale", "Ostrow", "Quill", "Brandt", "Marsh", "Nilsen", "Okafor", "Pereira", "Rask", "Sato", "Thorn", "Ueda")
+_PLACES = tuple("Lund Oslo Turin Porto Graz Leeds Nantes Ghent Basel Cork Brno Split".split())
+_CRAFTS = tuple("baker pilot judge miner tailor weaver farmer singer doctor sailor clerk".split())
+_FIRST = tuple("Ada Bruno Clara Dmitri Elin Farid Greta Hugo Ines Jonas Karin Leo Mira".split())
+_LAST = tuple("Vale Ostrow Quill Brandt Marsh Nilsen Okafor Pereira Rask Sato Thorn Ueda".split())
 _TEMPLATES = (
     ("{} works as a", _CRAFTS),
     ("{} was born in", _PLACES),
@@ -76,8 +76,8 @@ _SIZES: dict[str, dict[str, Any]] = {
 
 
 class _ExactRMSNorm(nn.Module):
-    """RMSNorm in the dtype of its input. transformers computes it in fp32 whatever the model's dtype, which rounds an fp64
-    model to 6e-8 at every layer and would drown a comparison to 1e-8."""
+    """RMSNorm in the dtype of its input. transformers computes it in fp32 whatever the model's dtype, which
+    rounds an fp64 model to 6e-8 at every layer and would drown a comparison to 1e-8."""
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
@@ -107,11 +107,16 @@ def tiny_config(family: str, **overrides: Any) -> Any:
 
 
 def tiny_model(
-    family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, device: str = "cpu", **overrides: Any
+    family: str,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    **overrides: Any,
 ) -> PreTrainedModel:
-    """A random model of `family` in eval mode. Biases and norm weights are random too (transformers leaves them at 0 and 1,
-    which hides a forgotten bias). In fp64 the RMSNorms really compute in fp64; note that GPT-J and Gemma 2 attention still
-    has an fp32 softmax inside, so only the others suit comparisons finer than 1e-6."""
+    """A random model of `family` in eval mode. Biases and norm weights are random too (transformers leaves them
+    at 0 and 1, which hides a forgotten bias). In fp64 the RMSNorms really compute in fp64; note that GPT-J and
+    Gemma 2 attention still has an fp32 softmax inside, so only the others suit comparisons finer than 1e-6."""
     config = tiny_config(family, **overrides)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -131,8 +136,8 @@ def tiny_model(
 
 
 def tiny_tokenizer(*, bos: bool = False, padding_side: str = "right") -> PreTrainedTokenizerFast:
-    """A byte-level BPE over VOCABULARY tokens, trained on tiny_texts(): encodes any text, offsets included; `bos` makes it
-    begin every text with the BOS token, as Llama's does."""
+    """A byte-level BPE over VOCABULARY tokens, trained on tiny_texts(): encodes any text, offsets included;
+    `bos` makes it begin every text with the BOS token, as Llama's does."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -184,8 +189,8 @@ def tiny_texts(n: int = 48, *, seed: int = 0) -> list[str]:
 
 
 def tiny_facts(n: int, *, seed: int = 0) -> list[dict[str, Any]]:
-    """`n` made-up facts with distinct subjects, as keyword arguments of EditRequest; the subject stands at the start, in the
-    middle or at the end of the prompt in turn."""
+    """`n` made-up facts with distinct subjects, as keyword arguments of EditRequest; the subject stands at the
+    start or in the middle of the prompt in turn."""
     rng = random.Random(seed)
     subjects = [f"{first} {last}" for first in _FIRST for last in _LAST]
     if n > len(subjects):
@@ -194,7 +199,6 @@ def tiny_facts(n: int, *, seed: int = 0) -> list[dict[str, Any]]:
     for index, subject in enumerate(rng.sample(subjects, n)):
         prompt, answers = _TEMPLATES[index % len(_TEMPLATES)]
         target, truth = rng.sample(answers, 2)
-        facts.append(
-            {"prompt": prompt, "subject": subject, "target_new": target, "ground_truth": truth, "case_id": index}
-        )
+        fact = {"prompt": prompt, "subject": subject, "target_new": target, "ground_truth": truth}
+        facts.append({**fact, "case_id": index})
     return facts
