@@ -65,8 +65,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def poisoned_memory() -> Iterator[None]:
     """Uninitialised memory holds NaN (integers: their largest value): no forgotten mask passes by luck.
 
-    torch fills it itself in deterministic mode, below Python: `empty`, `empty_like`, `new_empty`, `resize_` and
-    the extension's own `at::empty` alike. `warn_only`: ops without a deterministic version are not our concern.
+    torch fills it itself in deterministic mode, below Python: `empty`, `empty_like`, `new_empty`, `resize_`
+    and the extension's own `at::empty` alike. `warn_only`: nondeterministic ops are not our concern.
     """
     enabled = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
