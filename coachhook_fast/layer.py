@@ -1,0 +1,254 @@
+"""HookLinear: the drop-in FFN down-projection that carries the edits of one layer.
+
+    out = base(x) + fire(x) * U (B x)          (METHOD.md sections 3 and 4)
+
+The base layer is called or read, never written: its weight is the model's own storage. Everything the edits add lives
+in one immutable `HookState`; `set_delta` publishes a new one by a single attribute assignment and `forward` reads that
+attribute once, so a forward pass sees either the old edit set or the new one, never a mixture.
+
+How edit sets per tenant would fit: a state is a value, so a batch that mixes tenants needs a table of states and a row
+index beside `x`. `U`, `B` and the threshold then gain a leading tenant dimension (zero rows pad smaller ranks, which
+changes no norm), the operator takes `tenant` `[tokens]`, and `forward` still reads one immutable object: the table.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from coachhook_fast.delta import LowRankDelta
+from coachhook_fast.reference import gated_linear as ops
+
+GATES = ("calibrated", "sequence")
+MODES = ("off", "gated", "always")
+
+
+class SequenceInfo(Protocol):
+    """What the `sequence` gate reads of a forward pass; `coachhook_fast.gate.SequenceContext` is one."""
+
+    mask: Tensor | None  # [S, q] bool, True = a real token
+    cu_seqlens: Tensor | None  # [S + 1] int32
+
+    def load(self, index: int) -> Tensor | None: ...
+
+    def store(self, index: int, state: Tensor) -> None: ...
+
+
+@dataclass(frozen=True)
+class GateTrace:
+    """What the gate sees and decides, one entry a token: norm and z ``[...]`` fp32 or fp64, fire ``[...]`` bool."""
+
+    norm: Tensor
+    z: Tensor
+    fire: Tensor
+
+
+@dataclass(frozen=True)
+class HookState:
+    """One published edit set of a layer: the serving copy of the delta and its threshold."""
+
+    U: Tensor | None  # [m, r], None: B is Delta
+    B: Tensor  # [r, d]
+    threshold: Tensor  # [] fp32 or fp64: tau or alpha; a tensor, so that a new value recompiles nothing
+    moments: tuple[float, float] | None  # mean and std of ||Delta k|| over ordinary text
+
+    @property
+    def is_empty(self) -> bool:
+        return self.B.shape[0] == 0
+
+
+class HookLinear(nn.Module):
+    """A linear layer with gated edits.
+
+    Attributes:
+        base_layer: the wrapped module, untouched.
+        in_features, out_features: ``d`` and ``m``.
+        gate: "calibrated" (``||Delta k|| >= tau``) or "sequence" (the paper's z-score against the token's sequence).
+        mode: "off" (the base alone), "gated", or "always" (the temporary hook: Delta for every token).
+        index: position among the edited layers; names this layer's running state in `context`.
+        context: read by the `sequence` gate only; None means that every token is real and nothing came before.
+    """
+
+    def __init__(self, base_layer: nn.Module, *, gate: str = "calibrated", index: int = 0) -> None:
+        """Wrap `base_layer`: nn.Linear, transformers' Conv1D (weight ``[d, m]``), or any module with in/out features.
+
+        Raises ValueError on an unknown gate or a negative index, TypeError where the sizes cannot be found.
+        """
+        super().__init__()
+        if gate not in GATES:
+            raise ValueError(f"gate must be one of {GATES}, got {gate!r}")
+        if index < 0:
+            raise ValueError(f"index must not be negative, got {index}")
+        self.base_layer = base_layer
+        self.in_features, self.out_features = _features(base_layer)
+        self.gate = gate
+        self.index = index
+        self.context: SequenceInfo | None = None
+        self._mode = "gated"
+        dtype, device = _serving_placement(base_layer, torch.float32)
+        empty = LowRankDelta.zeros(self.out_features, self.in_features, dtype=dtype, device=device)
+        self._state = _make_state(empty, math.inf, None)
+
+    # ---------------------------------------------------------------- the edit set
+
+    @property
+    def mode(self) -> str:
+        return self._mode
+
+    @mode.setter
+    def mode(self, mode: str) -> None:
+        if mode not in MODES:
+            raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
+        self._mode = mode
+
+    def set_delta(
+        self, delta: LowRankDelta, threshold: float, *, moments: tuple[float, float] | None = None
+    ) -> None:
+        """Publish an edit set: a serving copy of `delta` in the base's dtype and device, and tau or alpha.
+
+        moments: mean and std of ``||Delta k||`` over ordinary text; only `trace` uses them.
+        Raises ValueError, with the state as before, if the shapes differ from the layer's or the threshold is NaN.
+        """
+        if (delta.out_features, delta.in_features) != (self.out_features, self.in_features):
+            raise ValueError(
+                f"delta must be [{self.out_features}, {self.in_features}], "
+                f"got [{delta.out_features}, {delta.in_features}]"
+            )
+        if math.isnan(threshold):
+            raise ValueError(f"threshold must be a number, got {threshold}")
+        dtype, device = _serving_placement(self.base_layer, delta.dtype)
+        self._state = _make_state(delta.to(dtype=dtype, device=device), threshold, moments)
+
+    @property
+    def delta(self) -> LowRankDelta:
+        """The serving copy."""
+        state = self._state
+        return LowRankDelta(state.U, state.B)
+
+    @property
+    def threshold(self) -> float:
+        """tau (`calibrated`) or alpha (`sequence`); infinite before the first edit."""
+        return float(self._state.threshold)
+
+    def get_delta_weight(self) -> Tensor:
+        """``Delta`` as served, ``[m, d]``."""
+        return self.delta.dense()
+
+    # ---------------------------------------------------------------- forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., d]`` to ``[..., m]``. NaN in a token leaves the other tokens alone and raises nothing."""
+        state = self._state
+        if self._mode == "off" or state.is_empty:
+            return self.base_layer(x)
+        if self._mode == "always":
+            out = self.base_layer(x)
+            c = nn.functional.linear(x.to(state.B.dtype), state.B)
+            return out + (c if state.U is None else nn.functional.linear(c, state.U)).to(out.dtype)
+        mask, cu_seqlens, running = self._sequence(x)
+        out, _, running = ops.gated_delta(
+            self.base_layer(x),
+            x.to(state.B.dtype),
+            state.U,
+            state.B,
+            state.threshold,
+            self.gate,
+            mask,
+            cu_seqlens,
+            running,
+        )
+        if self.gate == "sequence" and self.context is not None:
+            self.context.store(self.index, running)
+        return out
+
+    @torch.no_grad()
+    def trace(self, x: Tensor) -> GateTrace:
+        """What `forward` in mode "gated" would decide for ``x`` ``[..., d]``; changes no state.
+
+        z is the paper's under `sequence`; under `calibrated` it is (norm - mean) / std with the moments given to
+        `set_delta`, NaN without them.
+        """
+        state = self._state
+        norm = ops.delta_norm(x.to(state.B.dtype), state.B)
+        if self.gate == "calibrated":
+            mean, std = state.moments or (math.nan, math.nan)
+            fire = (norm >= state.threshold) & (not state.is_empty)
+            return GateTrace(norm, (norm - mean) / std, fire)
+        mask, cu_seqlens, running = self._sequence(x)
+        if cu_seqlens is not None:
+            grid = norm.reshape(-1)
+        else:
+            grid = norm.reshape(ops.sequence_rows(norm.shape, mask, running), -1)
+        mask = None if mask is None else mask.reshape(grid.shape)
+        fire, z, _ = ops.sequence_gate(grid, state.threshold, mask, cu_seqlens, running)
+        return GateTrace(norm, z.reshape(norm.shape), fire.reshape(norm.shape))
+
+    def _sequence(self, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Mask, cu_seqlens and running state for the tokens of ``x``; all None unless the gate is `sequence`."""
+        context = self.context
+        if self.gate != "sequence" or context is None:
+            return None, None, None
+        mask = context.mask
+        if mask is not None and mask.numel() != x.shape[:-1].numel():
+            raise ValueError(
+                f"context.mask {tuple(mask.shape)} does not cover the tokens of x {tuple(x.shape)}"
+            )
+        return mask, context.cu_seqlens, context.load(self.index)
+
+    # ---------------------------------------------------------------- module housekeeping
+
+    @property
+    def weight(self) -> Tensor:
+        """The base's weight, for code that looks at its dtype or device."""
+        return self.base_layer.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base_layer.bias  # type: ignore[return-value]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HookLinear:
+        """`.to()`, `.half()`, `.cuda()`: the serving copy follows the base; the threshold keeps its precision."""
+        super()._apply(fn, recurse)
+        state = self._state
+        delta = LowRankDelta(None if state.U is None else fn(state.U), fn(state.B))
+        self._state = _make_state(delta, float(state.threshold), state.moments)
+        return self
+
+    def extra_repr(self) -> str:
+        return f"gate={self.gate!r}, mode={self._mode!r}, delta={self.delta!r}"
+
+
+def _make_state(delta: LowRankDelta, threshold: float, moments: tuple[float, float] | None) -> HookState:
+    dtype = ops.accumulator_dtype(delta.dtype)
+    return HookState(delta.U, delta.B, torch.tensor(threshold, dtype=dtype, device=delta.device), moments)
+
+
+def _is_conv1d(base: nn.Module) -> bool:
+    """transformers' Conv1D, known by its attributes: weight ``[d, m]``, output ``addmm(bias, x, weight)``."""
+    return type(base).__name__ == "Conv1D" and hasattr(base, "nf")
+
+
+def _features(base: nn.Module) -> tuple[int, int]:
+    """``(d, m)`` of a linear-like module."""
+    if _is_conv1d(base):
+        d, m = base.weight.shape  # type: ignore[union-attr,misc]
+        return int(d), int(m)
+    d, m = getattr(base, "in_features", None), getattr(base, "out_features", None)
+    if not isinstance(d, int) or not isinstance(m, int):
+        raise TypeError(f"base_layer must tell in_features and out_features, got {type(base).__name__}")
+    return d, m
+
+
+def _serving_placement(base: nn.Module, dtype: torch.dtype) -> tuple[torch.dtype, torch.device]:
+    """dtype and device of the serving copy: the base's first floating parameter's; `dtype` where it has none."""
+    device = torch.device("cpu")
+    for tensor in (*base.parameters(), *base.buffers()):
+        device = tensor.device
+        if tensor.is_floating_point():
+            return tensor.dtype, device
+    return dtype, device
