@@ -1,0 +1,1 @@
+"""What connects edited models to other stacks: transformers, vLLM."""

@@ -1,0 +1,7 @@
+"""``torch.ops.coachhook.*``: importing this package defines every op and loads the extension if there is one."""
+
+from __future__ import annotations
+
+from coachhook_fast.ops._library import build_info, extension_available
+
+__all__ = ["build_info", "extension_available"]
