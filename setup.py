@@ -1,7 +1,7 @@
 """Builds the C++ extension ``coachhook_fast._C`` with CMake and ninja.
 
-The extension is optional: without a compiler, CMake or an importable torch the package still installs and runs
-on its reference path, and this script says why. ``COACHHOOK_REQUIRE_EXT=1`` turns that into a failed build;
+The extension is optional: without a compiler, CMake or an importable torch the package still installs and
+runs on its reference path, and this script says why. ``COACHHOOK_REQUIRE_EXT=1`` makes that a failed build;
 ``COACHHOOK_BUILD_TYPE`` is CMake's build type (Release). Build isolation hides torch, so use
 ``pip install --no-build-isolation .`` to get the extension.
 """
@@ -40,7 +40,8 @@ class cmake_build_ext(build_ext):  # setuptools' command classes are lower case
             print(
                 f"\ncoachhook-fast: the C++ extension was NOT built ({type(error).__name__}: {error}).\n"
                 "The package works without it, on the slower reference path. To build it: a C++20 compiler, "
-                "CMake >= 3.18, `pip install torch pybind11 ninja`, then `pip install --no-build-isolation .`\n",
+                "CMake >= 3.18, `pip install torch pybind11 ninja`, then "
+                "`pip install --no-build-isolation .`\n",
                 file=sys.stderr,
             )
             self.extensions = []  # nothing for setuptools to copy or to check
