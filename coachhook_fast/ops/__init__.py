@@ -1,4 +1,4 @@
-"""``torch.ops.coachhook.*``: importing this package defines every op and loads the extension if there is one."""
+"""``torch.ops.coachhook.*``: importing this package defines every op and loads the extension if any."""
 
 from __future__ import annotations
 

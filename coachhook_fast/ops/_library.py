@@ -1,8 +1,8 @@
 """The ``coachhook`` operator library: schemas, fallbacks and the C++ extension behind them.
 
-Each op module calls :func:`define` once with its schema, its plain torch definition and its fake, so the schema
-is written in one place that works without a compiler. The plain definition is registered for every backend
-(``CompositeExplicitAutograd``); the extension overrides the CPU key, Triton the CUDA key.
+Each op module calls :func:`define` once with its schema, its plain torch definition and its fake, so the
+schema is written in one place that works without a compiler. The plain definition is registered for every
+backend (``CompositeExplicitAutograd``); the extension overrides the CPU key, Triton the CUDA key.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ def warn_without_extension() -> None:
         _warned.set()
         warnings.warn(
             f"coachhook-fast runs without its C++ extension ({_REASON}): results are the same, CPU work is "
-            "slower. Install a C++20 compiler and CMake, then `pip install --no-build-isolation coachhook-fast`.",
+            "slower. Install a C++20 compiler and CMake, then "
+            "`pip install --no-build-isolation coachhook-fast`.",
             RuntimeWarning,
             stacklevel=4,
         )
