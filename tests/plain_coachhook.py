@@ -314,10 +314,11 @@ class PlainCoachHook:
         return batch
 
     def calibrated_threshold(self, i: int) -> float:
-        """τ: mean + z·std of ‖Δk‖ over the corpus keys, or the quantile that `threshold_fpr` of them pass."""
+        """τ: mean + z·std of ‖Δk‖ over the corpus keys, or the value that `threshold_fpr` of them reach."""
         norms = (self.corpus_keys[i] @ (self.Wh[i] - self.W0[i]).T).norm(dim=-1)
         if self.settings.rule == "fpr":
-            return float(torch.quantile(norms, 1 - self.settings.threshold_fpr))
+            passing = max(1, round(self.settings.threshold_fpr * len(norms)))
+            return float(sorted(norms.tolist())[-passing])
         return float(norms.mean() + self.settings.threshold_z * norms.std())
 
     @torch.no_grad()
