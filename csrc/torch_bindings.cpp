@@ -5,6 +5,8 @@
 
 #include <string>
 
+#include "gated_linear.h"
+
 namespace py = pybind11;
 
 namespace {
@@ -25,7 +27,13 @@ py::dict build_info() {
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(coachhook, CPU, m) {}
+TORCH_LIBRARY_IMPL(coachhook, CPU, m) {
+  m.impl("delta_norm", &coachhook::delta_norm);
+  m.impl("sequence_gate", &coachhook::sequence_gate);
+  m.impl("correct", &coachhook::correct);
+  m.impl("gated_delta", &coachhook::gated_delta);
+  m.impl("gated_linear", &coachhook::gated_linear);
+}
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "coachhook-fast's C++ operators; importing it registers them with torch";
