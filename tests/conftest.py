@@ -76,6 +76,22 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Key statistics of this session only: a file from before a change of the code must not stand in for it. The
+    converted SmolLM2 is shared with the user's own cache, for it takes half a minute to make."""
+    before = os.environ.get("COACHHOOK_CACHE")
+    models = Path(before or Path.home() / ".cache" / "coachhook") / "models"
+    models.mkdir(parents=True, exist_ok=True)
+    folder = tmp_path_factory.mktemp("coachhook-cache")
+    (folder / "models").symlink_to(models.resolve(), target_is_directory=True)
+    os.environ["COACHHOOK_CACHE"] = str(folder)
+    yield
+    del os.environ["COACHHOOK_CACHE"]
+    if before is not None:
+        os.environ["COACHHOOK_CACHE"] = before
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder with CounterFact, ZsRE and WikiText: $COACHHOOK_DATA, else ../shared/data."""
