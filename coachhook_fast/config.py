@@ -1,0 +1,159 @@
+"""EditConfig: every setting of an editing run, under the field's hparams names."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from coachhook_fast.gate import GATES, THRESHOLD_RULES
+
+# Keys of EasyEdit's YAML files that say something this package finds out itself or has no use for.
+_EASYEDIT_ONLY = {
+    "alg_name", "model_name", "stats_dir", "device", "model_parallel", "max_length", "batch_size", "fp16",
+    "layer_selection", "v_loss_layer", "fact_token", "mlp_module_tmp", "attn_module_tmp", "ln_f_module",
+    "lm_head_module", "mom2_adjustment", "mom2_dataset", "mom2_n_samples", "mom2_dtype", "objective_optimization",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class EditConfig:
+    """Settings of an editing run; every value is checked when the object is made.
+
+    Args:
+        layers: edited blocks, ascending; None takes `default_layers` of the model.
+        v_lr: Adam's learning rate for the target values.
+        v_num_grad_steps: most Adam steps for a target value.
+        v_weight_decay: weight of ||δ|| / ||v0||².
+        v_loss_threshold: a request whose loss is below it stops.
+        clamp_norm_factor: bound on ||δ|| / ||v0||.
+        kl_factor: weight of KL(p0 || pδ) at "{subject} is a".
+        mom2_update_weight: λ of C = λ E[kkᵀ] + Σ KKᵀ; None takes `default_update_weight` (docs/notes/lambda.md).
+        mom2_n_tokens: token budget of the key statistics; None takes max(32 768, 20 d).
+        stats_sequence_length: tokens a packed row of the statistics pass, capped by the model's context.
+        gate: "calibrated" or "sequence".
+        alpha: the `sequence` gate's first threshold α; it never rises.
+        threshold_rule: "zscore" or "fpr", how `calibrated` finds τ (see gate.calibrated_threshold).
+        threshold_z: standard deviations above the mean for "zscore".
+        threshold_fpr: share of ordinary tokens that may pass for "fpr".
+        threshold_keys: ordinary keys kept a layer to find τ.
+        context_seeds: beginnings from which the model writes the context texts.
+        context_tokens: tokens generated after each beginning.
+        max_batch_tokens: most tokens in one forward pass of the editor; bounds its memory.
+        layer_module_tmp, rewrite_module_tmp: module templates for architectures this package does not know.
+
+    Raises:
+        ValueError, TypeError: a value is out of its range or of the wrong type; the message names field and value.
+    """
+
+    layers: tuple[int, ...] | None = None
+    v_lr: float = 0.5
+    v_num_grad_steps: int = 25
+    v_weight_decay: float = 0.5
+    v_loss_threshold: float = 0.05
+    clamp_norm_factor: float = 0.75
+    kl_factor: float = 0.0625
+    mom2_update_weight: float | None = None
+    mom2_n_tokens: int | None = None
+    stats_sequence_length: int = 512
+    gate: str = "calibrated"
+    alpha: float = 2.2
+    threshold_rule: str = "zscore"
+    threshold_z: float = 8.0
+    threshold_fpr: float = 1e-3
+    threshold_keys: int = 4096
+    context_seeds: tuple[str, ...] = ("The", "Therefore", "Because", "I", "You")
+    context_tokens: int = 10
+    max_batch_tokens: int = 8192
+    layer_module_tmp: str | None = None
+    rewrite_module_tmp: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "context_seeds"):  # lists come from YAML and JSON
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        if self.layers is not None:
+            if not all(isinstance(layer, int) and layer >= 0 for layer in self.layers) or not self.layers:
+                raise ValueError(f"layers must be one or more block numbers >= 0, got {self.layers}")
+            if list(self.layers) != sorted(set(self.layers)):
+                raise ValueError(f"layers must be ascending without repeats, got {self.layers}")
+        for name in ("v_lr", "clamp_norm_factor", "alpha", "threshold_z", "threshold_fpr"):
+            _check_number(name, getattr(self, name), above=0.0)
+        for name in ("v_weight_decay", "v_loss_threshold", "kl_factor"):
+            _check_number(name, getattr(self, name), least=0.0)
+        for name in ("v_num_grad_steps", "stats_sequence_length", "max_batch_tokens"):
+            _check_number(name, getattr(self, name), least=1, integer=True)
+        _check_number("threshold_keys", self.threshold_keys, least=2, integer=True)
+        _check_number("context_tokens", self.context_tokens, least=1, integer=True)
+        if self.mom2_update_weight is not None:
+            _check_number("mom2_update_weight", self.mom2_update_weight, above=0.0)
+        if self.mom2_n_tokens is not None:
+            _check_number("mom2_n_tokens", self.mom2_n_tokens, least=1, integer=True)
+        if self.threshold_fpr >= 1:
+            raise ValueError(f"threshold_fpr must be a share under 1, got {self.threshold_fpr}")
+        if self.gate not in GATES:
+            raise ValueError(f"gate must be one of {GATES}, got {self.gate!r}")
+        if self.threshold_rule not in THRESHOLD_RULES:
+            raise ValueError(f"threshold_rule must be one of {THRESHOLD_RULES}, got {self.threshold_rule!r}")
+        if not all(isinstance(seed, str) and seed for seed in self.context_seeds):
+            raise ValueError(f"context_seeds must be non-empty strings, got {self.context_seeds}")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> EditConfig:
+        """Reads settings; unknown names raise ValueError, so that a misspelt one cannot pass unnoticed."""
+        known = {field.name for field in fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(f"unknown setting(s) {unknown}; EditConfig knows {sorted(known)}")
+        return cls(**values)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> EditConfig:
+        """Reads a YAML file, our own or one of EasyEdit's hparams (its keys without meaning here are passed over)."""
+        values = yaml.safe_load(Path(path).read_text())
+        if not isinstance(values, dict):
+            raise ValueError(f"{path} must hold a mapping of settings, got {type(values).__name__}")
+        return cls.from_dict({key: value for key, value in values.items() if key not in _EASYEDIT_ONLY})
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def replace(self, **changes: Any) -> EditConfig:
+        return dataclasses.replace(self, **changes)
+
+
+def default_layers(num_layers: int) -> tuple[int, ...]:
+    """Edited blocks where none are named: five from about an eighth of the depth on (docs/notes/layers.md).
+
+    Gives 4-8 of 30 (SmolLM2) and 4-8 of 32 (Llama-2, as EasyEdit), close to the paper's 3-8 of 28 (GPT-J).
+    """
+    first = max(0, round(num_layers * 0.13))
+    last = min(first + 4, max(num_layers - 2, 0))
+    return tuple(range(min(first, last), last + 1))
+
+
+def default_update_weight(key_dim: int) -> float:
+    """λ for keys of width d: d / 4, at most the paper's 15 000 (METHOD section 6, docs/notes/lambda.md).
+
+    The insertion strength s = kᵀ(λE)⁻¹k of an ordinary key averages d / λ, so this keeps it near 4 at every width.
+    """
+    return min(15_000.0, key_dim / 4)
+
+
+def _check_number(
+    name: str, value: Any, *, least: float | None = None, above: float | None = None, integer: bool = False
+) -> None:
+    kinds = (int,) if integer else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds):
+        raise TypeError(f"{name} must be {'an integer' if integer else 'a number'}, got {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+    if least is not None and value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+    if above is not None and value <= above:
+        raise ValueError(f"{name} must be above {above}, got {value}")

@@ -1,0 +1,158 @@
+"""EditSet: all edits of a model as one immutable value.
+
+An editor makes a new one with every batch and publishes it whole; a batch that fails leaves the old one in place.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor
+
+from coachhook_fast.config import EditConfig
+from coachhook_fast.delta import LowRankDelta
+from coachhook_fast.gate import Threshold
+from coachhook_fast.request import EditRequest
+
+
+@dataclass(frozen=True)
+class LayerUpdate:
+    """What one batch did to one layer: Δ += R Xᵀ, C += K Kᵀ.
+
+    Attributes:
+        keys: K [d, n]; residuals: R [m, n]; directions: X [d, n].
+        alpha: the batch's own bound on α (`sequence`): min over requests of max over tokens of z; inf otherwise.
+    """
+
+    keys: Tensor
+    residuals: Tensor
+    directions: Tensor
+    alpha: float = float("inf")
+
+
+@dataclass(frozen=True)
+class EditOutcome:
+    """How one request went in.
+
+    Attributes:
+        loss: last loss of its target value; steps: Adam steps taken.
+        strength: s = kᵀ C⁻¹ k a layer; the layer takes the share s / (1 + s) of its residual (METHOD section 6).
+        residual_left: ||V - final output|| / ||V - first output||; 0 where the edit went in whole, 1 where nothing did.
+    """
+
+    request: EditRequest
+    loss: float
+    steps: int
+    strength: tuple[float, ...]
+    residual_left: float
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A ledger line: one committed batch.
+
+    Attributes:
+        layers: what it did to each edited layer; thresholds: each layer's threshold after it.
+    """
+
+    id: str
+    time: str
+    outcomes: tuple[EditOutcome, ...]
+    seconds: float
+    layers: tuple[LayerUpdate, ...]
+    thresholds: tuple[Threshold, ...]
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def requests(self) -> tuple[EditRequest, ...]:
+        return tuple(outcome.request for outcome in self.outcomes)
+
+
+@dataclass(frozen=True)
+class EditSet:
+    """All edits of one base model.
+
+    Attributes:
+        model: fingerprint of the base model.
+        config: the settings, with `layers` and `mom2_update_weight` resolved.
+        contexts: texts that the model wrote, prefixes of every request's prompt.
+        deltas, thresholds: one a layer of `config.layers`.
+        batches: the ledger, oldest first.
+    """
+
+    model: str
+    config: EditConfig
+    contexts: tuple[str, ...]
+    deltas: tuple[LowRankDelta, ...]
+    thresholds: tuple[Threshold, ...]
+    batches: tuple[Batch, ...] = ()
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        assert self.config.layers is not None  # resolved when the set was made
+        return self.config.layers
+
+    @property
+    def num_edits(self) -> int:
+        return sum(len(batch.outcomes) for batch in self.batches)
+
+    def with_layer(self, position: int, delta: LowRankDelta, threshold: Threshold) -> EditSet:
+        """This set with one layer's delta and threshold replaced."""
+        return replace(
+            self,
+            deltas=_replaced(self.deltas, position, delta),
+            thresholds=_replaced(self.thresholds, position, threshold),
+        )
+
+    def with_thresholds(self, thresholds: Sequence[Threshold]) -> EditSet:
+        return replace(self, thresholds=tuple(thresholds))
+
+    def with_batch(self, batch: Batch) -> EditSet:
+        return replace(self, batches=(*self.batches, batch))
+
+    def find(self, batch_id: str) -> Batch:
+        """The batch called `batch_id`; ValueError with the known ids where there is none."""
+        for batch in self.batches:
+            if batch.id == batch_id:
+                return batch
+        known = [batch.id for batch in self.batches]
+        raise ValueError(f"batch_id {batch_id!r} is not in the ledger, which holds {known}")
+
+
+def without(edit_set: EditSet, batch_id: str, calibrate: Callable[[int, LowRankDelta], Threshold]) -> EditSet:
+    """The edit set as if the batch had never been made: Δ replayed from the other batches' updates.
+
+    Args:
+        calibrate: (position, delta) -> τ, asked only under `calibrated` and where the ledger does not hold the answer.
+
+    Raises:
+        ValueError: no such batch.
+    """
+    edit_set.find(batch_id)
+    rest = tuple(batch for batch in edit_set.batches if batch.id != batch_id)
+    is_last = edit_set.batches[-1].id == batch_id
+    deltas, thresholds = [], []
+    for position, delta in enumerate(edit_set.deltas):
+        replayed = LowRankDelta.zeros(
+            delta.out_features, delta.in_features, dtype=delta.dtype, device=delta.device
+        )
+        for batch in rest:
+            replayed = replayed.append(batch.layers[position].residuals, batch.layers[position].directions)
+        deltas.append(replayed)
+        if edit_set.config.gate == "sequence":
+            alphas = [batch.layers[position].alpha for batch in rest]
+            thresholds.append(Threshold(min([edit_set.config.alpha, *alphas])))
+        elif not rest:
+            thresholds.append(Threshold(math.inf))
+        elif is_last:
+            thresholds.append(rest[-1].thresholds[position])
+        else:
+            thresholds.append(calibrate(position, replayed))
+    return replace(edit_set, deltas=tuple(deltas), thresholds=tuple(thresholds), batches=rest)
+
+
+def _replaced(values: tuple[Any, ...], position: int, value: Any) -> tuple[Any, ...]:
+    return (*values[:position], value, *values[position + 1 :])

@@ -1,0 +1,347 @@
+"""Editor: the loop over batches of edits (METHOD.md section 2), and nothing else."""
+
+from __future__ import annotations
+
+import time
+import uuid
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from coachhook_fast import store, thresholds
+from coachhook_fast.architectures import down_projection_size, layout_of
+from coachhook_fast.config import EditConfig, default_layers, default_update_weight
+from coachhook_fast.contexts import write_contexts
+from coachhook_fast.corpus import Corpus
+from coachhook_fast.delta import LowRankDelta
+from coachhook_fast.edit_set import Batch, EditOutcome, EditSet, LayerUpdate, without
+from coachhook_fast.forward import PartialModel, frozen
+from coachhook_fast.gate import Threshold
+from coachhook_fast.hooks import Hooks
+from coachhook_fast.interrupts import deferred
+from coachhook_fast.keys import KeyCollector, bare_outputs
+from coachhook_fast.memory import KeyMemory
+from coachhook_fast.models import context_length, fingerprint
+from coachhook_fast.post_norm import through_norm
+from coachhook_fast.progress import track
+from coachhook_fast.request import EditRequest, TokenisedRequest, tokenise_batch
+from coachhook_fast.statistics import KeyStatistics
+from coachhook_fast.statistics_cache import model_statistics
+from coachhook_fast.targets import optimise
+
+# An edit with more than this share of its residual left at the end did not go in.
+RESIDUAL_LEFT_LIMIT = 0.5
+
+Observer = Callable[..., None]
+
+
+class EditWarning(UserWarning):
+    """An edit did not go in as it should."""
+
+
+class Editor:
+    """Edits a transformers causal language model in consecutive batches.
+
+    Args:
+        model: base model of a known family (architectures.LAYOUTS), or of any with its modules named in `config`. Hooks
+            are installed at once; no base weight is ever written.
+        tokenizer: the model's tokenizer.
+        config: settings; None takes the defaults, or those of `edits`.
+        edits: folder of a saved edit set to go on from.
+
+    Raises:
+        ValueError: unknown architecture, layers out of range, or an edit set of another base model or with other
+            settings of layers, λ or contexts.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        config: EditConfig | None = None,
+        *,
+        edits: str | Path | None = None,
+    ) -> None:
+        saved = None if edits is None else store.load(Path(edits))
+        config = config or (saved.config if saved else EditConfig())
+        layout = layout_of(
+            model, layer_module_tmp=config.layer_module_tmp, rewrite_module_tmp=config.rewrite_module_tmp
+        )
+        self.model, self.tokenizer = model, tokenizer
+        self.partial = PartialModel(model, layout)
+        layers = config.layers or default_layers(len(self.partial.blocks))
+        self._handle = Hooks(model, layout, layers, config.gate)
+        try:
+            out_features, self.key_dim = down_projection_size(self.hooks[0].base_layer)
+            weight = config.mom2_update_weight or default_update_weight(self.key_dim)
+            config = config.replace(layers=tuple(layers), mom2_update_weight=weight)
+            self.model_id = fingerprint(model)
+            if saved is not None:
+                store.check_continues(saved, self.model_id, config)
+                self.edit_set = replace(saved, config=config)
+            else:
+                empty = LowRankDelta.zeros(
+                    out_features, self.key_dim, dtype=self.dtype, device=self.partial.device
+                )
+                with frozen(model):
+                    contexts = write_contexts(model, tokenizer, config)
+                start = Threshold(config.alpha if config.gate == "sequence" else float("inf"))
+                self.edit_set = EditSet(
+                    self.model_id, config, contexts, (empty,) * len(layers), (start,) * len(layers)
+                )
+            self._handle.publish(self.edit_set)
+        except BaseException:
+            self._handle.unload()
+            raise
+        self.statistics: KeyStatistics | None = None
+        self.memories: list[KeyMemory] = []
+
+    # ---------------------------------------------------------------- what there is
+
+    @property
+    def config(self) -> EditConfig:
+        return self.edit_set.config
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return self.edit_set.layers
+
+    @property
+    def hooks(self) -> list[Any]:
+        return self._handle.hooks
+
+    @property
+    def ledger(self) -> tuple[Batch, ...]:
+        return self.edit_set.batches
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the edits: fp32, or fp64 for fp64 models."""
+        return torch.promote_types(next(self.model.parameters()).dtype, torch.float32)
+
+    @property
+    def _pad_id(self) -> int:
+        for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
+            if token is not None:
+                return int(token)
+        return 0  # padding is masked out everywhere: any token serves
+
+    # ---------------------------------------------------------------- statistics
+
+    def collect_statistics(
+        self, corpus: Corpus | None = None, *, max_tokens: int | None = None, progress: bool = True
+    ) -> KeyStatistics:
+        """Takes or reloads the key statistics of all edited layers, in one pass (see `statistics_cache`).
+
+        Args:
+            corpus: text file, iterable of strings or token ids, or dataset; None samples text from the model itself.
+            max_tokens: token budget; None takes `mom2_n_tokens` of the config.
+        """
+        with self.disabled(), frozen(self.model):
+            statistics = model_statistics(
+                self.partial, self.tokenizer, self.config, self.model_id, self.key_dim, corpus,
+                max_tokens=max_tokens, progress=progress,
+            )  # fmt: skip
+        self.use_statistics(statistics)
+        return statistics
+
+    def use_statistics(self, statistics: KeyStatistics) -> None:
+        """Starts the key memories: C = λ E[k kᵀ] + Σ K Kᵀ over the ledger. ValueError if they do not fit the model."""
+        statistics.check(self.layers, self.key_dim, self.model_id)
+        memories = []
+        for position, layer in enumerate(self.layers):
+            weight = self.config.mom2_update_weight
+            assert weight is not None
+            memory = KeyMemory.from_second_moment(
+                statistics.moments[layer], weight, device=self.partial.device
+            )
+            for batch in self.ledger:
+                memory.update(batch.layers[position].keys)
+            memories.append(memory)
+        self.statistics, self.memories = statistics, memories
+
+    # ---------------------------------------------------------------- editing
+
+    def edit(
+        self, requests: Sequence[EditRequest], *, progress: bool = True, observer: Observer | None = None
+    ) -> Batch:
+        """Applies one batch of edits; all of it, or, on any error or interrupt, nothing.
+
+        Args:
+            requests: the facts to change.
+            progress: show a bar on stderr.
+            observer: called as observer(event, layer, **tensors) with "values" (V), "update" (K, R, X, s) a layer and
+                "threshold" (value) a layer.
+
+        Raises:
+            ValueError: see `request.tokenise_batch`, `targets.optimise`, `KeyMemory.solve`.
+        """
+        started = time.monotonic()
+        tokens = tokenise_batch(requests, self.tokenizer, self.edit_set.contexts, context_length(self.model))
+        if not self.memories:
+            self.collect_statistics(progress=progress)
+        tell = observer or (lambda *_, **__: None)
+        with (
+            self._all_or_nothing(),
+            frozen(self.model),
+            track("editing", len(tokens), "edit", progress) as bar,
+        ):
+            pad_id = self._pad_id
+            limit = self.config.max_batch_tokens
+            v0 = bare_outputs(self.partial, self.layers[-1], tokens, pad_id=pad_id, max_tokens=limit)
+            found = optimise(
+                self.partial, self.layers[-1], tokens, v0, self.config,
+                pad_id=pad_id, whole_rows=self.config.gate == "sequence", bar=bar,
+            )  # fmt: skip
+            values = torch.stack([target.value for target in found], dim=1)
+            tell("values", self.layers[-1], V=values)
+            edited, updates, strengths, outputs = self._update_layers(tokens, values, tell)
+            if self.config.gate == "sequence":
+                edited, updates = self._lower_alphas(edited, updates, tokens)
+            for layer, threshold in zip(self.layers, edited.thresholds, strict=True):
+                tell("threshold", layer, value=threshold.value)
+            left = (values - outputs).norm(dim=0) / (values - v0).norm(dim=0).clamp(min=1e-30)
+            outcomes = tuple(
+                EditOutcome(row.request, target.loss, target.steps, tuple(strength), remaining)
+                for row, target, strength, remaining in zip(
+                    tokens, found, strengths.T.tolist(), left.tolist(), strict=True
+                )
+            )
+            batch = Batch(
+                uuid.uuid4().hex[:12], datetime.now(timezone.utc).isoformat(timespec="seconds"), outcomes,
+                time.monotonic() - started, tuple(updates), edited.thresholds,
+            )  # fmt: skip
+            self._commit(edited.with_batch(batch))
+        for outcome in outcomes:
+            if outcome.residual_left > RESIDUAL_LEFT_LIMIT:
+                _warn_weak(outcome)
+        return batch
+
+    def _update_layers(
+        self, tokens: Sequence[TokenisedRequest], values: Tensor, tell: Observer
+    ) -> tuple[EditSet, list[LayerUpdate], Tensor, Tensor]:
+        """Step 2 of a batch, layer by layer: the new edit set, the updates, strengths [L, n] and final outputs [m, n]."""
+        edited = self.edit_set
+        updates: list[LayerUpdate] = []
+        strengths = []
+        collector = KeyCollector(
+            self.partial, self.layers, tokens, pad_id=self._pad_id, max_tokens=self.config.max_batch_tokens,
+            whole_prompts=self.config.gate == "sequence",
+        )  # fmt: skip
+        count = len(self.layers)
+        for position, layer in enumerate(self.layers):
+            # Temporary hooks on the layers not yet updated, validated ones on those that are.
+            self._handle.set_modes(["gated"] * position + ["always"] * (count - position))
+            readings = collector.read(position)
+            K = readings.keys.to(torch.float64)
+            R = (values - readings.outputs.to(values)) / (count - position)
+            if readings.before_norm is not None:
+                norm = self.partial.layout.post_norm(self.model, layer)
+                assert norm is not None
+                R = through_norm(norm, readings.before_norm, R)
+            X, s = self.memories[position].solve(K)
+            tell("update", layer, K=K, R=R, X=X, s=s)
+            update = LayerUpdate(K, R.to(self.dtype), X.to(self.dtype))
+            delta = edited.deltas[position].append(update.residuals, update.directions)
+            edited = edited.with_layer(position, delta, self._threshold(position, delta))
+            updates.append(update)
+            strengths.append(s)
+            self._handle.publish(edited)
+        self._handle.enable()
+        return edited, updates, torch.stack(strengths), collector.final_outputs().to(values)
+
+    def _threshold(self, position: int, delta: LowRankDelta) -> Threshold:
+        """The layer's threshold for a new delta: a fresh τ, or the standing α."""
+        if self.config.gate == "sequence":
+            return self.edit_set.thresholds[position]
+        if self.statistics is None:  # a saved edit set rolled back before anything was edited
+            self.collect_statistics()
+        assert self.statistics is not None
+        return thresholds.calibrate(delta, self.statistics.samples[self.layers[position]], self.config)
+
+    def _lower_alphas(
+        self, edited: EditSet, updates: list[LayerUpdate], tokens: Sequence[TokenisedRequest]
+    ) -> tuple[EditSet, list[LayerUpdate]]:
+        """Step 3 of a batch: α <- min(α, what the batch's own texts reach)."""
+        bounds = thresholds.reachable_alphas(self.partial, self._handle, edited, tokens)
+        lowered = [Threshold(min(old.value, new)) for old, new in zip(edited.thresholds, bounds, strict=True)]
+        return edited.with_thresholds(lowered), [
+            replace(u, alpha=a) for u, a in zip(updates, bounds, strict=True)
+        ]
+
+    def _commit(self, edited: EditSet) -> None:
+        """The point of no return: memories, hooks and edit set change together."""
+        batch = edited.batches[-1]
+        with deferred():
+            for memory, update in zip(self.memories, batch.layers, strict=True):
+                memory.update(update.keys)
+            self.edit_set = edited
+            self._handle.publish(edited)
+
+    @contextmanager
+    def _all_or_nothing(self):  # type: ignore[no-untyped-def]
+        try:
+            yield
+        finally:
+            # After a commit this publishes what is published already; after a failure, the set from before.
+            self._handle.publish(self.edit_set)
+            self._handle.enable()
+
+    # ---------------------------------------------------------------- undo, save, switches
+
+    def rollback(self, batch_id: str) -> None:
+        """Undoes one batch: afterwards deltas and thresholds are those of the other batches alone.
+
+        Raises:
+            ValueError: no such batch, or the key memory cannot give up its keys; nothing is changed then.
+        """
+        batch = self.edit_set.find(batch_id)
+        rest = without(self.edit_set, batch_id, self._threshold)
+        with deferred():
+            removed: list[tuple[KeyMemory, Tensor]] = []
+            try:
+                for memory, update in zip(self.memories, batch.layers):  # no memories before the first edit
+                    memory.downdate(update.keys)
+                    removed.append((memory, update.keys))
+            except BaseException:
+                for memory, keys in removed:
+                    memory.update(keys)
+                raise
+            self.edit_set = rest
+            self._handle.publish(rest)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes the edit set (safetensors + JSON); see `store.save`."""
+        store.save(self.edit_set, Path(folder))
+
+    def enable(self) -> None:
+        self._handle.enable()
+
+    def disable(self) -> None:
+        self._handle.disable()
+
+    def disabled(self) -> Any:
+        """Context manager: the base model, bit for bit."""
+        return self._handle.disabled()
+
+    def unload(self) -> nn.Module:
+        """The untouched model back; the editor is of no use afterwards."""
+        return self._handle.unload()
+
+
+def _warn_weak(outcome: EditOutcome) -> None:
+    strengths = ", ".join(f"{s:.2f}" for s in outcome.strength)
+    warnings.warn(
+        f"edit {outcome.request.text!r} -> {outcome.request.target_new!r} did not go in: {outcome.residual_left:.0%} of "
+        f"its residual is left (insertion strength s a layer: {strengths}; a layer takes s / (1 + s)). A smaller "
+        "mom2_update_weight makes edits stronger",
+        EditWarning,
+        stacklevel=3,
+    )

@@ -1,0 +1,215 @@
+"""Runs parts of a model: padded rows in, block outputs and keys out.
+
+Two savings that need no knowledge of a family's attention, masks or rotary embeddings, because the model's own code
+still runs around them: blocks whose output is known are skipped (`resume`), and a pass ends once the last wanted block
+has spoken (`run(until=...)`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from coachhook_fast.architectures import Layout
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Rows of tokens, padded on both sides so that every row's lookup token stands in column `lookup`.
+
+    Attributes:
+        input_ids, attention_mask, position_ids: [N, T] int64; positions count real tokens only.
+        lookup: the common column of the subjects' last tokens.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    position_ids: Tensor
+    lookup: int
+
+    def columns(self, start: int) -> dict[str, Tensor]:
+        """Model inputs for the columns from `start` on, whose predecessors are in a cache."""
+        return {
+            "input_ids": self.input_ids[:, start:],
+            "attention_mask": self.attention_mask,
+            "position_ids": self.position_ids[:, start:],
+        }
+
+    def select(self, rows: Tensor) -> TokenBatch:
+        return TokenBatch(
+            self.input_ids[rows], self.attention_mask[rows], self.position_ids[rows], self.lookup
+        )
+
+
+def align_rows(
+    rows: Sequence[Sequence[int]], lookups: Sequence[int], pad_id: int, device: torch.device
+) -> TokenBatch:
+    """Pads `rows` left and right until all lookup tokens share a column."""
+    column = max(lookups)
+    width = column + max(len(row) - lookup for row, lookup in zip(rows, lookups, strict=True))
+    input_ids = torch.full((len(rows), width), pad_id, dtype=torch.int64)
+    mask = torch.zeros((len(rows), width), dtype=torch.int64)
+    for index, (row, lookup) in enumerate(zip(rows, lookups, strict=True)):
+        start = column - lookup
+        input_ids[index, start : start + len(row)] = torch.tensor(row, dtype=torch.int64)
+        mask[index, start : start + len(row)] = 1
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    return TokenBatch(input_ids.to(device), mask.to(device), positions.to(device), column)
+
+
+@dataclass
+class Recorded:
+    """What a pass was asked to keep, by block.
+
+    Attributes:
+        keys: input [N, T, d] of the down-projection.
+        outputs: output [N, T, m] of the block.
+        norm_inputs: with a key, input [N, T, m] of the norm after the FFN, in families that have one.
+    """
+
+    keys: dict[int, Tensor] = field(default_factory=dict)
+    outputs: dict[int, Tensor] = field(default_factory=dict)
+    norm_inputs: dict[int, Tensor] = field(default_factory=dict)
+
+
+class _Stop(Exception):
+    """Ends a pass early; never leaves this module."""
+
+
+class PartialModel:
+    """A model whose forward pass can start after one block and end after another."""
+
+    def __init__(self, model: nn.Module, layout: Layout) -> None:
+        self.model = model
+        self.layout = layout
+        self.blocks = layout.blocks(model)
+        # Most families' blocks answer the hidden state, some a tuple with it: seen whenever an output is kept, and
+        # every output to resume from was kept before.
+        self._answers_tuple = False
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def run(
+        self,
+        inputs: dict[str, Tensor],
+        *,
+        resume: tuple[int, Tensor] | None = None,
+        until: int | None = None,
+        keys: Sequence[int] = (),
+        outputs: Sequence[int] = (),
+        **options: Any,
+    ) -> tuple[Any, Recorded]:
+        """One forward pass.
+
+        Args:
+            inputs: model inputs, see `TokenBatch.columns`.
+            resume: (block, its output [N, T, m]); blocks up to it are not computed.
+            until: last block to compute; the pass then ends and its result is None.
+            keys: blocks whose down-projection input to keep; outputs: blocks whose output to keep.
+            options: further arguments of the model's forward.
+        """
+        recorded = Recorded()
+        with ExitStack() as stack:
+            if resume is not None:
+                stack.enter_context(self._resumed(*resume))
+            for index in keys:
+                down = self.layout.down_projection(self.model, index)
+                stack.enter_context(_removing(_keep_input(down, index, recorded.keys)))
+                norm = self.layout.post_norm(self.model, index)
+                if norm is not None:
+                    stack.enter_context(_removing(_keep_input(norm, index, recorded.norm_inputs)))
+            for index in outputs:
+                stack.enter_context(_removing(self._keep_output(index, recorded)))
+            if until is not None:  # registered last, so that it runs after the hooks that keep outputs
+                stack.enter_context(_removing(self.blocks[until].register_forward_hook(_stop)))
+            try:
+                result = self.model(**inputs, **{"use_cache": False, **options})
+            except _Stop:
+                result = None
+        return result, recorded
+
+    @contextmanager
+    def gathered_logits(self, rows: Tensor, columns: Tensor) -> Iterator[None]:
+        """Within it the model computes logits at the given (row, column) positions only, as [1, P, V]."""
+        head = self.model.get_output_embeddings()  # type: ignore[operator]
+        if head is None:
+            raise ValueError(
+                f"{type(self.model).__name__} has no output embeddings: not a causal language model"
+            )
+        handle = head.register_forward_pre_hook(lambda _, args: (args[0][rows, columns].unsqueeze(0),))
+        with _removing(handle):
+            yield
+
+    def _keep_output(self, index: int, recorded: Recorded) -> Any:
+        def keep(_: nn.Module, args: Any, output: Any) -> None:
+            self._answers_tuple = isinstance(output, tuple)
+            recorded.outputs[index] = output[0] if self._answers_tuple else output
+
+        return self.blocks[index].register_forward_hook(keep)
+
+    @contextmanager
+    def _resumed(self, last: int, output: Tensor) -> Iterator[None]:
+        """Blocks 0..last are passed over, and block `last` answers `output`."""
+        replaced: list[tuple[nn.Module, Any]] = []
+        try:
+            for index, block in enumerate(self.blocks[: last + 1]):
+                replaced.append((block, block.__dict__.get("forward")))
+                answer = output if index == last else None
+                block.__dict__["forward"] = _answering(answer, self._answers_tuple)
+            yield
+        finally:
+            for block, own in replaced:  # accelerate keeps its own `forward` on the instance: give that back
+                del block.__dict__["forward"]
+                if own is not None:
+                    block.__dict__["forward"] = own
+
+
+def _keep_input(module: nn.Module, index: int, kept: dict[int, Tensor]) -> Any:
+    def keep(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        kept[index] = args[0]
+
+    return module.register_forward_pre_hook(keep)
+
+
+def _answering(output: Tensor | None, as_tuple: bool) -> Any:
+    def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        answer = hidden_states if output is None else output
+        return (answer,) if as_tuple else answer
+
+    return forward
+
+
+def _stop(*_: Any) -> None:
+    raise _Stop
+
+
+@contextmanager
+def _removing(handle: Any) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Eval mode and no gradients of parameters within it; both as before afterwards."""
+    training = [module for module in model.modules() if module.training]
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        model.eval()
+        for parameter in learning:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)
+        for module in training:
+            module.training = True

@@ -1,0 +1,81 @@
+"""A KV cache whose contents never change: the columns before the lookup position."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+from coachhook_fast.forward import PartialModel, TokenBatch
+
+
+class _FixedLayer(DynamicLayer):
+    """Answers prefix + new keys and values, and keeps the prefix."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        super().__init__()
+        self.lazy_initialization(keys, values)
+        self.keys, self.values = keys, values
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        return torch.cat([self.keys, key_states], dim=-2), torch.cat([self.values, value_states], dim=-2)
+
+
+@dataclass(frozen=True)
+class PrefixCache:
+    """Keys and values [N, heads, P, width] of P columns in every block; blocks that are never run hold a stand-in.
+
+    Empty where there are no columns before the lookup position.
+    """
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+
+    @classmethod
+    def fill(cls, partial: PartialModel, last: int, tokens: TokenBatch, hidden: Tensor) -> PrefixCache:
+        """Runs the blocks above `last` over the columns before the lookup position.
+
+        Args:
+            hidden: [N, T, m] output of block `last`.
+        """
+        rows, columns = hidden.shape[0], tokens.lookup
+        # transformers reads the cached length off the first layer, whichever runs.
+        stand_in = hidden.new_zeros(1, 1, 1, 1).expand(rows, 1, columns, 1)
+        if columns == 0:
+            return cls((), ())
+        filled = Cache(layers=[DynamicLayer() for _ in partial.blocks])
+        inputs = {
+            "input_ids": tokens.input_ids[:, :columns],
+            "attention_mask": tokens.attention_mask[:, :columns],
+            "position_ids": tokens.position_ids[:, :columns],
+        }
+        partial.run(
+            inputs,
+            resume=(last, hidden[:, :columns]),
+            until=len(partial.blocks) - 1,
+            use_cache=True,
+            past_key_values=filled,
+        )
+        # The `sequence` gate keeps its running state in further layers behind those of the blocks.
+        above = filled.layers[last + 1 : len(partial.blocks)]
+        return cls(
+            (stand_in,) * (last + 1) + tuple(layer.keys for layer in above),
+            (stand_in,) * (last + 1) + tuple(layer.values for layer in above),
+        )
+
+    def select(self, rows: Tensor) -> PrefixCache:
+        return PrefixCache(
+            tuple(keys[rows] for keys in self.keys), tuple(values[rows] for values in self.values)
+        )
+
+    def options(self) -> dict[str, Any]:
+        """Arguments that make one forward pass of the model use these tensors as its cache."""
+        if not self.keys:
+            return {}
+        layers = [_FixedLayer(keys, values) for keys, values in zip(self.keys, self.values, strict=True)]
+        return {"use_cache": True, "past_key_values": Cache(layers=layers)}

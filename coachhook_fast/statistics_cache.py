@@ -1,0 +1,70 @@
+"""Statistics of a model's edited layers, from the disk cache where the same run was made before."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from coachhook_fast.config import EditConfig
+from coachhook_fast.corpus import Corpus, begin_tokens, content_hash, read_documents, sample_documents
+from coachhook_fast.forward import PartialModel
+from coachhook_fast.models import cache_dir, context_length
+from coachhook_fast.statistics import KeyStatistics, collect, run_name
+
+_SEED = 0
+
+
+def model_statistics(
+    partial: PartialModel,
+    tokenizer: Any,
+    config: EditConfig,
+    model_id: str,
+    key_dim: int,
+    corpus: Corpus | None,
+    *,
+    max_tokens: int | None = None,
+    progress: bool = True,
+) -> KeyStatistics:
+    """Key statistics of `config.layers`, cached by content: model, layers, corpus, token count, packing.
+
+    Args:
+        corpus: see `corpus.read_documents`; None lets the model write its own text.
+        max_tokens: token budget; None takes `config.mom2_n_tokens`, or max(32 768, 20 d).
+    """
+    budget = max_tokens or config.mom2_n_tokens or max(32_768, 20 * key_dim)
+    if budget < 2:
+        raise ValueError(f"max_tokens must be at least 2, got {budget}")
+    assert config.layers is not None
+    # A budget in tokens, cut to rows of a fixed length: a long context cannot blow it up.
+    length = min(config.stats_sequence_length, context_length(partial.model) or config.stats_sequence_length)
+    documents = None if corpus is None else read_documents(corpus, tokenizer, budget)
+    run = run_name(
+        model=model_id,
+        layers=config.layers,
+        corpus=f"self {_SEED}" if documents is None else content_hash(documents),
+        tokens=budget,
+        length=length,
+        keys=config.threshold_keys,
+    )
+    path = cache_dir() / "statistics" / f"{run}.safetensors"
+    if path.is_file():
+        return KeyStatistics.load(path)
+    if documents is None:
+        documents = list(
+            sample_documents(partial.model, tokenizer, budget, seed=_SEED, length=min(128, length))
+        )
+    statistics = collect(
+        partial,
+        documents,
+        config.layers,
+        model_id=model_id,
+        begin=begin_tokens(tokenizer),
+        sequence_length=length,
+        batch_tokens=config.max_batch_tokens,
+        sample_size=config.threshold_keys,
+        total_tokens=budget,
+        checkpoint=path.with_suffix(".partial"),
+        run=run,
+        progress=progress,
+    )
+    statistics.save(path)
+    return statistics
