@@ -1,7 +1,7 @@
 """LowRankDelta: all edits of one layer as ``Delta = U B``.
 
-METHOD.md section 4: ``Delta = sum_t R_t X_t^T`` has rank at most the number of edits. With orthonormal columns in
-``U``, ``||Delta k|| = ||B k||``, so the gate never needs the ``[m, d]`` matrix. Appending a batch:
+METHOD.md section 4: ``Delta = sum_t R_t X_t^T`` has rank at most the number of edits. With orthonormal
+columns in ``U``, ``||Delta k|| = ||B k||``, so the gate never needs the ``[m, d]`` matrix. Appending a batch:
 
     A = U^T R,   Q S = R - U A,   U <- [U Q],   B <- [B + A X^T ; S X^T].
 
@@ -22,7 +22,7 @@ _ROUNDING_UNITS = 32.0
 
 
 class LowRankDelta:
-    """``Delta = U B``, ``[m, d]``: ``U`` ``[m, r]`` orthonormal, ``B`` ``[r, d]``; or dense: ``U`` None, ``B`` ``[m, d]``.
+    """``Delta = U B``: ``U`` ``[m, r]`` orthonormal, ``B`` ``[r, d]``; dense: ``U`` None, ``B`` ``[m, d]``.
 
     fp64 or fp32 is meant for editing; a serving copy may have any floating dtype (``to``).
     """
@@ -33,7 +33,7 @@ class LowRankDelta:
     B: Tensor
 
     def __init__(self, U: Tensor | None, B: Tensor) -> None:
-        """Wrap factors that already satisfy the invariant (``U`` orthonormal); ValueError on shapes that cannot."""
+        """Wrap factors whose ``U`` is orthonormal already; ValueError on shapes or dtypes that cannot fit."""
         if B.dim() != 2 or not B.is_floating_point():
             raise ValueError(f"B must be a floating [r, d] matrix, got {B.dtype} {tuple(B.shape)}")
         if U is not None:
@@ -41,7 +41,8 @@ class LowRankDelta:
                 raise ValueError(f"U must be [m, {B.shape[0]}] to match B, got {tuple(U.shape)}")
             if U.dtype != B.dtype or U.device != B.device:
                 raise ValueError(
-                    f"U and B must share dtype and device, got {U.dtype} on {U.device} and {B.dtype} on {B.device}"
+                    f"U and B must share dtype and device, got {U.dtype} on {U.device} and "
+                    f"{B.dtype} on {B.device}"
                 )
         self.U = U
         self.B = B
@@ -141,8 +142,9 @@ class LowRankDelta:
     ) -> tuple[LowRankDelta, float]:
         """The nearest delta of smaller rank, and a bound on ``||Delta - Delta'||_2``.
 
-        Give exactly one of ``rank`` (the most directions kept) and ``tolerance`` (the largest bound allowed, in the
-        units of ``Delta``; as few directions as that needs are kept). A dense delta becomes factored if that is smaller.
+        Give exactly one of ``rank`` (the most directions kept) and ``tolerance`` (the largest bound allowed,
+        in the units of ``Delta``; as few directions as that needs are kept). A dense delta becomes factored
+        if that is smaller.
         """
         if (rank is None) == (tolerance is None):
             raise ValueError(
@@ -214,17 +216,18 @@ def _rounding(dtype: torch.dtype) -> float:
 
 
 def _split(U: Tensor, R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``R = U A + Q S`` with ``[U Q]`` orthonormal; directions of ``R`` inside ``U`` (to rounding) give no column of ``Q``.
+    """``R = U A + Q S`` with ``[U Q]`` orthonormal; what of ``R`` lies inside ``U`` gives no column of ``Q``.
 
-    U: ``[m, r]`` orthonormal. R: ``[m, n]``, columns of norm 1. Returns A ``[r, n]``, Q ``[m, q]``, S ``[q, n]``.
+    U: ``[m, r]`` orthonormal. R: ``[m, n]``, columns of norm 1. Returns A ``[r, n]``,
+    Q ``[m, q]``, S ``[q, n]``.
     """
     A = U.T @ R
     rest = R - U @ A
     again = U.T @ rest  # one projection leaves eps * ||R|| of U in `rest`; the second removes it
     A, rest = A + again, rest - U @ again
     Q, S = torch.linalg.qr(rest)
-    # Rank-revealing: a dependent column gives Householder QR an arbitrary direction, which need not be orthogonal to
-    # U. Singular directions above the noise lie in the range of `rest`.
+    # Rank-revealing: a dependent column gives Householder QR an arbitrary direction, which need not be
+    # orthogonal to U. Singular directions above the noise lie in the range of `rest`.
     P, sigma, Wt = torch.linalg.svd(S, full_matrices=False)
     room = U.shape[0] - U.shape[1]
     kept = min(int((sigma > _rounding(R.dtype)).sum()), room)
@@ -237,7 +240,7 @@ def _split(U: Tensor, R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _row_space(B: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Left singular vectors ``[k, r]`` (as rows), singular values (descending) of ``B`` and their rounding error.
+    """Left singular vectors ``[k, r]`` (rows), singular values (descending) of ``B``, their rounding error.
 
     Through a QR of the longer side, so the SVD is of ``min(shape)`` square.
     """

@@ -2,13 +2,15 @@
 
     out = base(x) + fire(x) * U (B x)          (METHOD.md sections 3 and 4)
 
-The base layer is called or read, never written: its weight is the model's own storage. Everything the edits add lives
-in one immutable `HookState`; `set_delta` publishes a new one by a single attribute assignment and `forward` reads that
-attribute once, so a forward pass sees either the old edit set or the new one, never a mixture.
+The base layer is called or read, never written: its weight is the model's own storage. Everything the edits
+add lives in one immutable `HookState`; `set_delta` publishes a new one by a single attribute assignment and
+`forward` reads that attribute once, so a forward pass sees either the old edit set or the new one, never a
+mixture.
 
-How edit sets per tenant would fit: a state is a value, so a batch that mixes tenants needs a table of states and a row
-index beside `x`. `U`, `B` and the threshold then gain a leading tenant dimension (zero rows pad smaller ranks, which
-changes no norm), the operator takes `tenant` `[tokens]`, and `forward` still reads one immutable object: the table.
+How edit sets per tenant would fit: a state is a value, so a batch that mixes tenants needs a table of states
+and a row index beside `x`. `U`, `B` and the threshold then gain a leading tenant dimension (zero rows pad
+smaller ranks, which changes no norm), the operator takes `tenant` `[tokens]`, and `forward` still reads one
+immutable object: the table.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from coachhook_fast.delta import LowRankDelta
-from coachhook_fast.reference import gated_linear as ops
+from coachhook_fast.ops import gated_linear as ops
+from coachhook_fast.reference.gated_linear import accumulator_dtype, sequence_rows
+from coachhook_fast.sketch import make_sketch
 
 GATES = ("calibrated", "sequence")
 MODES = ("off", "gated", "always")
@@ -41,7 +45,7 @@ class SequenceInfo(Protocol):
 
 @dataclass(frozen=True)
 class GateTrace:
-    """What the gate sees and decides, one entry a token: norm and z ``[...]`` fp32 or fp64, fire ``[...]`` bool."""
+    """What the gate sees and decides for each token: norm, z ``[...]`` fp32 or fp64, fire ``[...]`` bool."""
 
     norm: Tensor
     z: Tensor
@@ -54,6 +58,7 @@ class HookState:
 
     U: Tensor | None  # [m, r], None: B is Delta
     B: Tensor  # [r, d]
+    sketch: Tensor | None  # [s, d]: decides most tokens of a large-rank `calibrated` gate
     threshold: Tensor  # [] fp32 or fp64: tau or alpha; a tensor, so that a new value recompiles nothing
     moments: tuple[float, float] | None  # mean and std of ||Delta k|| over ordinary text
 
@@ -68,31 +73,48 @@ class HookLinear(nn.Module):
     Attributes:
         base_layer: the wrapped module, untouched.
         in_features, out_features: ``d`` and ``m``.
-        gate: "calibrated" (``||Delta k|| >= tau``) or "sequence" (the paper's z-score against the token's sequence).
+        gate: "calibrated" (``||Delta k|| >= tau``) or "sequence" (the paper's z-score against the token's
+            sequence).
         mode: "off" (the base alone), "gated", or "always" (the temporary hook: Delta for every token).
         index: position among the edited layers; names this layer's running state in `context`.
-        context: read by the `sequence` gate only; None means that every token is real and nothing came before.
+        miss_probability: chance that the two-stage gate overlooks a token that fires (large ranks,
+            `calibrated`); None measures every token with all of ``B``. Takes effect at the next `set_delta`.
+        context: read by the `sequence` gate only; None means that every token is real and nothing came
+            before.
     """
 
-    def __init__(self, base_layer: nn.Module, *, gate: str = "calibrated", index: int = 0) -> None:
-        """Wrap `base_layer`: nn.Linear, transformers' Conv1D (weight ``[d, m]``), or any module with in/out features.
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        *,
+        gate: str = "calibrated",
+        index: int = 0,
+        miss_probability: float | None = 1e-9,
+    ) -> None:
+        """Wrap `base_layer`: nn.Linear, transformers' Conv1D (weight ``[d, m]``), any module with sizes.
 
-        Raises ValueError on an unknown gate or a negative index, TypeError where the sizes cannot be found.
+        Raises ValueError on an unknown gate, a negative index or a probability outside (0, 0.5), TypeError
+        where the sizes cannot be found.
         """
         super().__init__()
         if gate not in GATES:
             raise ValueError(f"gate must be one of {GATES}, got {gate!r}")
         if index < 0:
             raise ValueError(f"index must not be negative, got {index}")
+        if miss_probability is not None and not 0.0 < miss_probability < 0.5:
+            raise ValueError(
+                f"miss_probability must lie between 0 and 0.5, or be None, got {miss_probability}"
+            )
         self.base_layer = base_layer
         self.in_features, self.out_features = _features(base_layer)
         self.gate = gate
         self.index = index
+        self.miss_probability = miss_probability
         self.context: SequenceInfo | None = None
         self._mode = "gated"
         dtype, device = _serving_placement(base_layer, torch.float32)
         empty = LowRankDelta.zeros(self.out_features, self.in_features, dtype=dtype, device=device)
-        self._state = _make_state(empty, math.inf, None)
+        self._state = self._make_state(empty, math.inf, None)
 
     # ---------------------------------------------------------------- the edit set
 
@@ -112,7 +134,8 @@ class HookLinear(nn.Module):
         """Publish an edit set: a serving copy of `delta` in the base's dtype and device, and tau or alpha.
 
         moments: mean and std of ``||Delta k||`` over ordinary text; only `trace` uses them.
-        Raises ValueError, with the state as before, if the shapes differ from the layer's or the threshold is NaN.
+        Raises ValueError, with the state as before, if the shapes differ from the layer's or the threshold is
+        NaN.
         """
         if (delta.out_features, delta.in_features) != (self.out_features, self.in_features):
             raise ValueError(
@@ -122,7 +145,7 @@ class HookLinear(nn.Module):
         if math.isnan(threshold):
             raise ValueError(f"threshold must be a number, got {threshold}")
         dtype, device = _serving_placement(self.base_layer, delta.dtype)
-        self._state = _make_state(delta.to(dtype=dtype, device=device), threshold, moments)
+        self._state = self._make_state(delta.to(dtype=dtype, device=device), threshold, moments)
 
     @property
     def delta(self) -> LowRankDelta:
@@ -151,27 +174,22 @@ class HookLinear(nn.Module):
             c = nn.functional.linear(x.to(state.B.dtype), state.B)
             return out + (c if state.U is None else nn.functional.linear(c, state.U)).to(out.dtype)
         mask, cu_seqlens, running = self._sequence(x)
-        out, _, running = ops.gated_delta(
-            self.base_layer(x),
-            x.to(state.B.dtype),
-            state.U,
-            state.B,
-            state.threshold,
-            self.gate,
-            mask,
-            cu_seqlens,
-            running,
-        )
+        edits = (state.U, state.B, state.threshold, state.sketch, self.gate, mask, cu_seqlens, running)
+        weight = _plain_weight(self.base_layer)
+        if weight is not None and weight.dtype == state.B.dtype:
+            out, _, after = ops.gated_linear(x, weight, self.base_layer.bias, *edits)  # type: ignore[arg-type]
+        else:
+            out, _, after = ops.gated_delta(self.base_layer(x), x, *edits)
         if self.gate == "sequence" and self.context is not None:
-            self.context.store(self.index, running)
+            self.context.store(self.index, after)
         return out
 
     @torch.no_grad()
     def trace(self, x: Tensor) -> GateTrace:
         """What `forward` in mode "gated" would decide for ``x`` ``[..., d]``; changes no state.
 
-        z is the paper's under `sequence`; under `calibrated` it is (norm - mean) / std with the moments given to
-        `set_delta`, NaN without them.
+        z is the paper's under `sequence`; under `calibrated` it is (norm - mean) / std with the moments given
+        to `set_delta`, NaN without them.
         """
         state = self._state
         norm = ops.delta_norm(x.to(state.B.dtype), state.B)
@@ -183,13 +201,13 @@ class HookLinear(nn.Module):
         if cu_seqlens is not None:
             grid = norm.reshape(-1)
         else:
-            grid = norm.reshape(ops.sequence_rows(norm.shape, mask, running), -1)
+            grid = norm.reshape(sequence_rows(norm.shape, mask, running), -1)
         mask = None if mask is None else mask.reshape(grid.shape)
         fire, z, _ = ops.sequence_gate(grid, state.threshold, mask, cu_seqlens, running)
         return GateTrace(norm, z.reshape(norm.shape), fire.reshape(norm.shape))
 
     def _sequence(self, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Mask, cu_seqlens and running state for the tokens of ``x``; all None unless the gate is `sequence`."""
+        """Mask, cu_seqlens and running state for ``x``; all None unless the gate is `sequence`."""
         context = self.context
         if self.gate != "sequence" or context is None:
             return None, None, None
@@ -202,6 +220,22 @@ class HookLinear(nn.Module):
 
     # ---------------------------------------------------------------- module housekeeping
 
+    # Inference tensors could not be saved for a later backward pass, and would recompile a compiled forward.
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _make_state(
+        self, delta: LowRankDelta, threshold: float, moments: tuple[float, float] | None
+    ) -> HookState:
+        B = delta.B.clone() if delta.B.is_inference() else delta.B.detach()
+        U = delta.U
+        if U is not None:
+            U = U.clone() if U.is_inference() else U.detach()
+        sketch = None
+        if self.gate == "calibrated" and self.miss_probability is not None and B.device.type != "meta":
+            sketch = make_sketch(B, self.miss_probability)
+        tau = torch.tensor(threshold, dtype=accumulator_dtype(B.dtype), device=B.device)
+        return HookState(U, B, sketch, tau, moments)
+
     @property
     def weight(self) -> Tensor:
         """The base's weight, for code that looks at its dtype or device."""
@@ -212,25 +246,36 @@ class HookLinear(nn.Module):
         return self.base_layer.bias  # type: ignore[return-value]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HookLinear:
-        """`.to()`, `.half()`, `.cuda()`: the serving copy follows the base; the threshold keeps its precision."""
+        """`.to()`, `.half()`, `.cuda()`: the serving copy follows the base, the threshold stays precise."""
         super()._apply(fn, recurse)
         state = self._state
         delta = LowRankDelta(None if state.U is None else fn(state.U), fn(state.B))
-        self._state = _make_state(delta, float(state.threshold), state.moments)
+        self._state = self._make_state(delta, float(state.threshold), state.moments)
         return self
 
     def extra_repr(self) -> str:
         return f"gate={self.gate!r}, mode={self._mode!r}, delta={self.delta!r}"
 
 
-def _make_state(delta: LowRankDelta, threshold: float, moments: tuple[float, float] | None) -> HookState:
-    dtype = ops.accumulator_dtype(delta.dtype)
-    return HookState(delta.U, delta.B, torch.tensor(threshold, dtype=dtype, device=delta.device), moments)
-
-
 def _is_conv1d(base: nn.Module) -> bool:
     """transformers' Conv1D, known by its attributes: weight ``[d, m]``, output ``addmm(bias, x, weight)``."""
     return type(base).__name__ == "Conv1D" and hasattr(base, "nf")
+
+
+def _plain_weight(base: nn.Module) -> Tensor | None:
+    """The weight ``[m, d]`` (a view) that one op may read instead of calling `base`.
+
+    None where only a call will do: subclasses, quantised or adapted layers, a replaced `forward`
+    (accelerate's offloading), hooks of the user's.
+    """
+    if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or "forward" in base.__dict__:
+        return None
+    if type(base) is not nn.Linear and not _is_conv1d(base):
+        return None
+    weight = base.weight
+    if type(weight) is not nn.Parameter or not weight.is_floating_point():
+        return None
+    return weight if type(base) is nn.Linear else weight.T
 
 
 def _features(base: nn.Module) -> tuple[int, int]:
@@ -245,7 +290,7 @@ def _features(base: nn.Module) -> tuple[int, int]:
 
 
 def _serving_placement(base: nn.Module, dtype: torch.dtype) -> tuple[torch.dtype, torch.device]:
-    """dtype and device of the serving copy: the base's first floating parameter's; `dtype` where it has none."""
+    """dtype and device of the serving copy: the base's first floating tensor's; `dtype` where it has none."""
     device = torch.device("cpu")
     for tensor in (*base.parameters(), *base.buffers()):
         device = tensor.device

@@ -1,7 +1,8 @@
 """``torch.ops.coachhook.gated_linear`` and its parts: schemas, fakes, gradients, autocast.
 
-One definition (``reference/gated_linear.py``) runs where no kernel is registered; csrc/gated_linear.cpp takes the CPU
-key, ``ops/gated_linear_cuda.py`` the CUDA key. No op changes an argument. The decision is a constant to autograd:
+One definition (``reference/gated_linear.py``) runs where no kernel is registered; csrc/gated_linear.cpp takes
+the CPU key, ``ops/gated_linear_cuda.py`` the CUDA key. No op changes an argument. The decision is a constant
+to autograd:
 
     grad_x = g W + fire * (g U) B,   grad_W = g^T x,   grad_b = sum g.
 
@@ -88,6 +89,7 @@ def gated_linear(
 
 
 # -------------------------------------------------------------------------------- plain definitions and fakes
+# The dispatcher leaves trailing arguments out where they equal the schema's defaults, so these repeat them.
 
 
 def _plain_delta(
@@ -96,11 +98,11 @@ def _plain_delta(
     U: Tensor | None,
     B: Tensor,
     threshold: Tensor,
-    sketch: Tensor | None,
-    gate: str,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    state: Tensor | None,
+    sketch: Tensor | None = None,
+    gate: str = "calibrated",
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    state: Tensor | None = None,
 ) -> GateOutput:
     # The sketch only saves work; the plain definition measures every token.
     with torch.autocast(x.device.type, enabled=False):
@@ -118,7 +120,11 @@ def _fake_norm(x: Tensor, B: Tensor) -> Tensor:
 
 
 def _fake_sequence_gate(
-    norm: Tensor, alpha: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, state: Tensor | None
+    norm: Tensor,
+    alpha: Tensor,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    state: Tensor | None = None,
 ) -> GateOutput:
     dtype = accumulator_dtype(norm.dtype)
     segments = norm.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -136,11 +142,11 @@ def _fake_delta(
     U: Tensor | None,
     B: Tensor,
     threshold: Tensor,
-    sketch: Tensor | None,
-    gate: str,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    state: Tensor | None,
+    sketch: Tensor | None = None,
+    gate: str = "calibrated",
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    state: Tensor | None = None,
 ) -> GateOutput:
     if gate == "calibrated":
         segments = 0
@@ -164,13 +170,15 @@ _DELTA = (
 
 define("delta_norm(Tensor x, Tensor B) -> Tensor", reference.delta_norm, _fake_norm)
 define(
-    "sequence_gate(Tensor norm, Tensor alpha, Tensor? mask=None, Tensor? cu_seqlens=None, Tensor? state=None) "
-    "-> (Tensor, Tensor, Tensor)",
+    "sequence_gate(Tensor norm, Tensor alpha, Tensor? mask=None, Tensor? cu_seqlens=None, "
+    "Tensor? state=None) -> (Tensor, Tensor, Tensor)",
     reference.sequence_gate,
     _fake_sequence_gate,
 )
 define(
-    "correct(Tensor out, Tensor x, Tensor? U, Tensor B, Tensor fire) -> Tensor", reference.correct, _fake_correct
+    "correct(Tensor out, Tensor x, Tensor? U, Tensor B, Tensor fire) -> Tensor",
+    reference.correct,
+    _fake_correct,
 )
 define(f"gated_delta(Tensor out, Tensor x, {_DELTA}", _plain_delta, _fake_delta)
 define(f"gated_linear(Tensor x, Tensor weight, Tensor? bias, {_DELTA}", _plain_linear, _fake_linear)

@@ -5,8 +5,9 @@
     sequence:    z = (M - mean M) / std M over the valid tokens of the sequence so far;   fire = z >= alpha
     out = O where fire, else P
 
-Norms, statistics and decisions are in fp32 (fp64 for fp64 inputs) whatever the input dtype, and the norm comes from
-``c`` itself, never from the difference of two rounded outputs. NaN compares false: such a token does not fire.
+Norms, statistics and decisions are in fp32 (fp64 for fp64 inputs) whatever the input dtype, and the norm
+comes from ``c`` itself, never from the difference of two rounded outputs. NaN compares false: such a token
+does not fire.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ def correct(
 
 
 def sequence_rows(shape: torch.Size, mask: Tensor | None, state: Tensor | None) -> int:
-    """How many sequences the tokens ``shape`` ``[...]`` hold: the mask knows, else the leading dimensions, else the state."""
+    """How many sequences the tokens hold: the mask knows, else the leading dimensions, else the state."""
     if mask is not None:
         return mask.shape[0]
     if len(shape) > 1:
