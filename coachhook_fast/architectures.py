@@ -31,17 +31,13 @@ class Layout:
 
     def blocks(self, model: nn.Module) -> list[nn.Module]:
         """All blocks of the model in order."""
-        container = model.get_submodule(
-            self.layer_module_tmp[: self.layer_module_tmp.index("{}")].rstrip(".")
-        )
+        container = model.get_submodule(self.layer_module_tmp[: self.layer_module_tmp.index("{}")].rstrip("."))
         return list(container.children())
 
 
 _GPT2 = Layout("transformer.h.{}", "transformer.h.{}.mlp.c_proj")
 _LLAMA = Layout("model.layers.{}", "model.layers.{}.mlp.down_proj")
-_GEMMA = Layout(
-    "model.layers.{}", "model.layers.{}.mlp.down_proj", "model.layers.{}.post_feedforward_layernorm"
-)
+_GEMMA = Layout("model.layers.{}", "model.layers.{}.mlp.down_proj", "model.layers.{}.post_feedforward_layernorm")
 
 LAYOUTS: dict[str, Layout] = {
     "gpt2": _GPT2,
@@ -84,13 +80,9 @@ def layout_of(
     else:
         for name, value in given.items():
             if value is None or value.count("{}") != 1:
-                raise ValueError(
-                    f"{name} must be a module path with one '{{}}' for the block number, got {value!r}"
-                )
+                raise ValueError(f"{name} must be a module path with one '{{}}' for the block number, got {value!r}")
         known = LAYOUTS.get(model_type)
-        layout = Layout(
-            str(layer_module_tmp), str(rewrite_module_tmp), known.post_norm_tmp if known else None
-        )
+        layout = Layout(str(layer_module_tmp), str(rewrite_module_tmp), known.post_norm_tmp if known else None)
     for name, template in (
         ("layer_module_tmp", layout.layer_module_tmp),
         ("rewrite_module_tmp", layout.rewrite_module_tmp),
@@ -98,9 +90,7 @@ def layout_of(
         try:
             model.get_submodule(template.format(0))
         except AttributeError as error:
-            raise ValueError(
-                f"{name} {template!r} names no module of {type(model).__name__}: {error}"
-            ) from error
+            raise ValueError(f"{name} {template!r} names no module of {type(model).__name__}: {error}") from error
     return layout
 
 
@@ -110,6 +100,4 @@ def down_projection_size(module: Any) -> tuple[int, int]:
         return int(module.out_features), int(module.in_features)
     if hasattr(module, "nf") and hasattr(module, "nx"):
         return int(module.nf), int(module.nx)
-    raise ValueError(
-        f"{type(module).__name__} has neither in_features/out_features nor nx/nf: not a linear layer"
-    )
+    raise ValueError(f"{type(module).__name__} has neither in_features/out_features nor nx/nf: not a linear layer")

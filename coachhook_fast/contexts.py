@@ -22,9 +22,7 @@ def write_contexts(model: nn.Module, tokenizer: Any, config: EditConfig) -> tupl
             attention_mask=encoded["attention_mask"],
             max_new_tokens=config.context_tokens,
             do_sample=False,
-            pad_token_id=tokenizer.pad_token_id
-            if tokenizer.pad_token_id is not None
-            else tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         )
         # A slot or a line break inside a context would be read as part of the prompt's own form.
         text = tokenizer.decode(ids[0], skip_special_tokens=True)

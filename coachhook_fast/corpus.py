@@ -62,9 +62,7 @@ def sample_documents(
     """
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if start is None:
-        raise ValueError(
-            "tokenizer has neither a BOS nor an EOS token to begin texts with: pass a corpus instead"
-        )
+        raise ValueError("tokenizer has neither a BOS nor an EOS token to begin texts with: pass a corpus instead")
     device = next(model.parameters()).device
     generate: Any = model.generate
     written = 0
@@ -95,9 +93,7 @@ def begin_tokens(tokenizer: Any) -> list[int]:
     return []
 
 
-def pack_rows(
-    documents: Iterable[Sequence[int]], begin: Sequence[int], length: int
-) -> Iterator[tuple[Tensor, Tensor]]:
+def pack_rows(documents: Iterable[Sequence[int]], begin: Sequence[int], length: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Fills rows of `length` tokens with documents, one after the other: (input_ids, position_ids), each [length].
 
     A document that does not fit goes on in the next row as a sequence of its own. Every sequence starts at position 0
@@ -131,9 +127,7 @@ def _items(corpus: Corpus) -> Iterator[Any]:
     elif isinstance(corpus, Iterable):
         yield from corpus
     else:
-        raise TypeError(
-            f"corpus must be a path or an iterable of texts, got {type(corpus).__name__}: {corpus!r:.80}"
-        )
+        raise TypeError(f"corpus must be a path or an iterable of texts, got {type(corpus).__name__}: {corpus!r:.80}")
 
 
 def _paragraphs(lines: Iterable[str]) -> Iterator[str]:
@@ -157,6 +151,4 @@ def _token_ids(item: Any, index: int, tokenizer: Any) -> list[int]:
         item = item.tolist()
     if isinstance(item, Sequence) and all(isinstance(token, int) for token in item):
         return list(item)
-    raise TypeError(
-        f"corpus item {index} must be text, token ids or a record, got {type(item).__name__}: {item!r:.80}"
-    )
+    raise TypeError(f"corpus item {index} must be text, token ids or a record, got {type(item).__name__}: {item!r:.80}")

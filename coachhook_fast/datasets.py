@@ -63,9 +63,7 @@ class EditRecord:
                     raise ValueError(f"{name} holds an empty prompt: {getattr(self, name)!r}")
 
 
-def read_records(
-    path: str | Path, *, limit: int | None = None, skipped: list[str] | None = None
-) -> list[EditRecord]:
+def read_records(path: str | Path, *, limit: int | None = None, skipped: list[str] | None = None) -> list[EditRecord]:
     """Reads the records of `path`, in the file's order.
 
     Args:
@@ -164,9 +162,7 @@ def _read_rome(fields: Fields) -> tuple[dict[str, Any], tuple[str, ...], Neighbo
     arguments = {
         "prompt": _get(rewrite, "prompt", "requested_rewrite."),
         "subject": _get(rewrite, "subject", "requested_rewrite."),
-        "target_new": _text(
-            _get(rewrite, "target_new", "requested_rewrite."), "requested_rewrite.target_new"
-        ),
+        "target_new": _text(_get(rewrite, "target_new", "requested_rewrite."), "requested_rewrite.target_new"),
         "ground_truth": truth,
     }
     neighbours = _texts(_get(fields, "neighborhood_prompts"), "neighborhood_prompts")

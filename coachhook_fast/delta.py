@@ -41,8 +41,7 @@ class LowRankDelta:
                 raise ValueError(f"U must be [m, {B.shape[0]}] to match B, got {tuple(U.shape)}")
             if U.dtype != B.dtype or U.device != B.device:
                 raise ValueError(
-                    f"U and B must share dtype and device, got {U.dtype} on {U.device} and "
-                    f"{B.dtype} on {B.device}"
+                    f"U and B must share dtype and device, got {U.dtype} on {U.device} and {B.dtype} on {B.device}"
                 )
         self.U = U
         self.B = B
@@ -58,9 +57,7 @@ class LowRankDelta:
     ) -> LowRankDelta:
         """The empty delta: rank 0, shape ``[out_features, in_features]``."""
         if out_features < 1 or in_features < 1:
-            raise ValueError(
-                f"out_features and in_features must be positive, got {out_features}, {in_features}"
-            )
+            raise ValueError(f"out_features and in_features must be positive, got {out_features}, {in_features}")
         U = torch.zeros(out_features, 0, dtype=dtype, device=device)
         return cls(U, torch.zeros(0, in_features, dtype=dtype, device=device))
 
@@ -137,9 +134,7 @@ class LowRankDelta:
         P, sigma, _ = _row_space(after.B)
         return _rotated(after.U, after.B, P, int((sigma > _rounding(self.dtype) * before).sum()))
 
-    def truncate(
-        self, *, rank: int | None = None, tolerance: float | None = None
-    ) -> tuple[LowRankDelta, float]:
+    def truncate(self, *, rank: int | None = None, tolerance: float | None = None) -> tuple[LowRankDelta, float]:
         """The nearest delta of smaller rank, and a bound on ``||Delta - Delta'||_2``.
 
         Give exactly one of ``rank`` (the most directions kept) and ``tolerance`` (the largest bound allowed,
@@ -147,9 +142,7 @@ class LowRankDelta:
         if that is smaller.
         """
         if (rank is None) == (tolerance is None):
-            raise ValueError(
-                f"give exactly one of rank and tolerance, got rank={rank}, tolerance={tolerance}"
-            )
+            raise ValueError(f"give exactly one of rank and tolerance, got rank={rank}, tolerance={tolerance}")
         if rank is not None and rank < 0:
             raise ValueError(f"rank must not be negative, got {rank}")
         if tolerance is not None and not tolerance >= 0:
@@ -178,9 +171,7 @@ class LowRankDelta:
         projected = keys.to(device=self.device, dtype=dtype) @ self.B.to(dtype).T
         return torch.linalg.vector_norm(projected, dim=-1)
 
-    def to(
-        self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
-    ) -> LowRankDelta:
+    def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> LowRankDelta:
         """A copy in another dtype or on another device (this object where nothing changes)."""
         B = self.B.to(dtype=dtype or self.dtype, device=device or self.device)
         if B is self.B:

@@ -136,9 +136,7 @@ def without(edit_set: EditSet, batch_id: str, calibrate: Callable[[int, LowRankD
     is_last = edit_set.batches[-1].id == batch_id
     deltas, thresholds = [], []
     for position, delta in enumerate(edit_set.deltas):
-        replayed = LowRankDelta.zeros(
-            delta.out_features, delta.in_features, dtype=delta.dtype, device=delta.device
-        )
+        replayed = LowRankDelta.zeros(delta.out_features, delta.in_features, dtype=delta.dtype, device=delta.device)
         for batch in rest:
             replayed = replayed.append(batch.layers[position].residuals, batch.layers[position].directions)
         deltas.append(replayed)

@@ -87,15 +87,11 @@ class Editor:
                 store.check_continues(saved, self.model_id, config)
                 self.edit_set = replace(saved, config=config)
             else:
-                empty = LowRankDelta.zeros(
-                    out_features, self.key_dim, dtype=self.dtype, device=self.partial.device
-                )
+                empty = LowRankDelta.zeros(out_features, self.key_dim, dtype=self.dtype, device=self.partial.device)
                 with frozen(model):
                     contexts = write_contexts(model, tokenizer, config)
                 start = Threshold(config.alpha if config.gate == "sequence" else float("inf"))
-                self.edit_set = EditSet(
-                    self.model_id, config, contexts, (empty,) * len(layers), (start,) * len(layers)
-                )
+                self.edit_set = EditSet(self.model_id, config, contexts, (empty,) * len(layers), (start,) * len(layers))
             self._handle.publish(self.edit_set)
         except BaseException:
             self._handle.unload()
@@ -159,9 +155,7 @@ class Editor:
         for position, layer in enumerate(self.layers):
             weight = self.config.mom2_update_weight
             assert weight is not None
-            memory = KeyMemory.from_second_moment(
-                statistics.moments[layer], weight, device=self.partial.device
-            )
+            memory = KeyMemory.from_second_moment(statistics.moments[layer], weight, device=self.partial.device)
             for batch in self.ledger:
                 memory.update(batch.layers[position].keys)
             memories.append(memory)
@@ -227,7 +221,7 @@ class Editor:
     def _update_layers(
         self, tokens: Sequence[TokenisedRequest], values: Tensor, tell: Observer
     ) -> tuple[EditSet, list[LayerUpdate], Tensor, Tensor]:
-        """Step 2 of a batch, layer by layer: the new edit set, the updates, strengths [L, n] and final outputs [m, n]."""
+        """Step 2 of a batch, layer by layer: new edit set, updates, strengths [L, n] and final outputs [m, n]."""
         edited = self.edit_set
         updates: list[LayerUpdate] = []
         strengths = []
@@ -272,9 +266,7 @@ class Editor:
         """Step 3 of a batch: α <- min(α, what the batch's own texts reach)."""
         bounds = thresholds.reachable_alphas(self.partial, self._handle, edited, tokens)
         lowered = [Threshold(min(old.value, new)) for old, new in zip(edited.thresholds, bounds, strict=True)]
-        return edited.with_thresholds(lowered), [
-            replace(u, alpha=a) for u, a in zip(updates, bounds, strict=True)
-        ]
+        return edited.with_thresholds(lowered), [replace(u, alpha=a) for u, a in zip(updates, bounds, strict=True)]
 
     def _commit(self, edited: EditSet) -> None:
         """The point of no return: memories, hooks and edit set change together."""
@@ -307,7 +299,7 @@ class Editor:
         with deferred():
             removed: list[tuple[KeyMemory, Tensor]] = []
             try:
-                for memory, update in zip(self.memories, batch.layers):  # no memories before the first edit
+                for memory, update in zip(self.memories, batch.layers, strict=bool(self.memories)):
                     memory.downdate(update.keys)
                     removed.append((memory, update.keys))
             except BaseException:
@@ -339,8 +331,8 @@ class Editor:
 def _warn_weak(outcome: EditOutcome) -> None:
     strengths = ", ".join(f"{s:.2f}" for s in outcome.strength)
     warnings.warn(
-        f"edit {outcome.request.text!r} -> {outcome.request.target_new!r} did not go in: {outcome.residual_left:.0%} of "
-        f"its residual is left (insertion strength s a layer: {strengths}; a layer takes s / (1 + s)). A smaller "
+        f"edit {outcome.request.text!r} -> {outcome.request.target_new!r} did not go in: {outcome.residual_left:.0%} "
+        f"of its residual is left (insertion strength s a layer: {strengths}; a layer takes s / (1 + s)). A smaller "
         "mom2_update_weight makes edits stronger",
         EditWarning,
         stacklevel=3,

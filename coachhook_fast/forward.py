@@ -41,14 +41,10 @@ class TokenBatch:
         }
 
     def select(self, rows: Tensor) -> TokenBatch:
-        return TokenBatch(
-            self.input_ids[rows], self.attention_mask[rows], self.position_ids[rows], self.lookup
-        )
+        return TokenBatch(self.input_ids[rows], self.attention_mask[rows], self.position_ids[rows], self.lookup)
 
 
-def align_rows(
-    rows: Sequence[Sequence[int]], lookups: Sequence[int], pad_id: int, device: torch.device
-) -> TokenBatch:
+def align_rows(rows: Sequence[Sequence[int]], lookups: Sequence[int], pad_id: int, device: torch.device) -> TokenBatch:
     """Pads `rows` left and right until all lookup tokens share a column."""
     column = max(lookups)
     width = column + max(len(row) - lookup for row, lookup in zip(rows, lookups, strict=True))
@@ -140,9 +136,7 @@ class PartialModel:
         """Within it the model computes logits at the given (row, column) positions only, as [1, P, V]."""
         head = self.model.get_output_embeddings()  # type: ignore[operator]
         if head is None:
-            raise ValueError(
-                f"{type(self.model).__name__} has no output embeddings: not a causal language model"
-            )
+            raise ValueError(f"{type(self.model).__name__} has no output embeddings: not a causal language model")
         handle = head.register_forward_pre_hook(lambda _, args: (args[0][rows, columns].unsqueeze(0),))
         with _removing(handle):
             yield

@@ -65,9 +65,7 @@ class KeyCollector:
         mixed, outputs, before_norm = [], [], []
         for index, chunk in enumerate(self.chunks):
             found = self._pass(index, chunk, position, wanted=layer)
-            keys = found.keys[layer][:, chunk.lookup].unflatten(
-                0, (-1, self.contexts)
-            )  # [requests, contexts, d]
+            keys = found.keys[layer][:, chunk.lookup].unflatten(0, (-1, self.contexts))  # [requests, contexts, d]
             bare = keys[:, -1]
             mixed.append(bare if self.contexts == 1 else 0.5 * bare + 0.5 * keys[:, :-1].mean(1))
             outputs.append(self._bare(found.outputs[last], chunk.lookup))

@@ -102,9 +102,7 @@ class HookLinear(nn.Module):
         if index < 0:
             raise ValueError(f"index must not be negative, got {index}")
         if miss_probability is not None and not 0.0 < miss_probability < 0.5:
-            raise ValueError(
-                f"miss_probability must lie between 0 and 0.5, or be None, got {miss_probability}"
-            )
+            raise ValueError(f"miss_probability must lie between 0 and 0.5, or be None, got {miss_probability}")
         self.base_layer = base_layer
         self.in_features, self.out_features = _features(base_layer)
         self.gate = gate
@@ -128,9 +126,7 @@ class HookLinear(nn.Module):
             raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
         self._mode = mode
 
-    def set_delta(
-        self, delta: LowRankDelta, threshold: float, *, moments: tuple[float, float] | None = None
-    ) -> None:
+    def set_delta(self, delta: LowRankDelta, threshold: float, *, moments: tuple[float, float] | None = None) -> None:
         """Publish an edit set: a serving copy of `delta` in the base's dtype and device, and tau or alpha.
 
         moments: mean and std of ``||Delta k||`` over ordinary text; only `trace` uses them.
@@ -213,9 +209,7 @@ class HookLinear(nn.Module):
             return None, None, None
         mask = context.mask
         if mask is not None and mask.numel() != x.shape[:-1].numel():
-            raise ValueError(
-                f"context.mask {tuple(mask.shape)} does not cover the tokens of x {tuple(x.shape)}"
-            )
+            raise ValueError(f"context.mask {tuple(mask.shape)} does not cover the tokens of x {tuple(x.shape)}")
         return mask, context.cu_seqlens, context.load(self.index)
 
     # ---------------------------------------------------------------- module housekeeping
@@ -223,9 +217,7 @@ class HookLinear(nn.Module):
     # Inference tensors could not be saved for a later backward pass, and would recompile a compiled forward.
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _make_state(
-        self, delta: LowRankDelta, threshold: float, moments: tuple[float, float] | None
-    ) -> HookState:
+    def _make_state(self, delta: LowRankDelta, threshold: float, moments: tuple[float, float] | None) -> HookState:
         B = delta.B.clone() if delta.B.is_inference() else delta.B.detach()
         U = delta.U
         if U is not None:

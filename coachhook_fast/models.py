@@ -30,10 +30,7 @@ def load_model(
     Raises:
         ValueError: the file or folder does not hold a model, or "smollm2" is not installed.
     """
-    if isinstance(dtype, str):
-        if not isinstance(getattr(torch, dtype, None), torch.dtype):
-            raise ValueError(f"dtype must name a torch dtype such as float32 or bfloat16, got {dtype!r}")
-        dtype = getattr(torch, dtype)
+    dtype = _dtype(dtype)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     path = Path(name)
     if name == SMOLLM2:
@@ -49,6 +46,15 @@ def load_model(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.to(device).eval(), tokenizer
+
+
+def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    if not isinstance(dtype, str):
+        return dtype
+    found = getattr(torch, dtype, None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"dtype must name a floating torch dtype such as float32 or bfloat16, got {dtype!r}")
+    return found
 
 
 def cache_dir() -> Path:
@@ -101,9 +107,7 @@ def _load_gguf(path: Path, dtype: torch.dtype | None) -> tuple[nn.Module, Any]:
     except ImportError as error:
         raise ValueError(f"model {str(path)!r} is a GGUF file: pip install 'coachhook-fast[gguf]'") from error
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    model = AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=dtype or torch.float32
-    )
+    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype or torch.float32)
     return model, tokenizer
 
 

@@ -23,6 +23,7 @@ class _FixedLayer(DynamicLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
+        assert self.keys is not None and self.values is not None
         return torch.cat([self.keys, key_states], dim=-2), torch.cat([self.values, value_states], dim=-2)
 
 
@@ -48,7 +49,7 @@ class PrefixCache:
         stand_in = hidden.new_zeros(1, 1, 1, 1).expand(rows, 1, columns, 1)
         if columns == 0:
             return cls((), ())
-        filled = Cache(layers=[DynamicLayer() for _ in partial.blocks])
+        layers: list[Any] = [DynamicLayer() for _ in partial.blocks]
         inputs = {
             "input_ids": tokens.input_ids[:, :columns],
             "attention_mask": tokens.attention_mask[:, :columns],
@@ -59,7 +60,7 @@ class PrefixCache:
             resume=(last, hidden[:, :columns]),
             until=len(partial.blocks) - 1,
             use_cache=True,
-            past_key_values=filled,
+            past_key_values=Cache(layers=layers),
         )
         # The `sequence` gate keeps its running state in further layers behind those of the blocks.
         above = filled.layers[last + 1 : len(partial.blocks)]
@@ -69,13 +70,11 @@ class PrefixCache:
         )
 
     def select(self, rows: Tensor) -> PrefixCache:
-        return PrefixCache(
-            tuple(keys[rows] for keys in self.keys), tuple(values[rows] for values in self.values)
-        )
+        return PrefixCache(tuple(keys[rows] for keys in self.keys), tuple(values[rows] for values in self.values))
 
     def options(self) -> dict[str, Any]:
         """Arguments that make one forward pass of the model use these tensors as its cache."""
         if not self.keys:
             return {}
-        layers = [_FixedLayer(keys, values) for keys, values in zip(self.keys, self.values, strict=True)]
+        layers: list[Any] = [_FixedLayer(keys, values) for keys, values in zip(self.keys, self.values, strict=True)]
         return {"use_cache": True, "past_key_values": Cache(layers=layers)}

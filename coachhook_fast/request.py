@@ -1,7 +1,7 @@
 """An edit request, and its tokens.
 
-`EditRequest` carries the field's names (EasyEdit, MEMIT). `tokenise` turns it into the rows that every later step reads:
-one row per context (the bare prompt last) with prompt, target and lookup position, and the row of the KL term.
+`EditRequest` carries the field's names (EasyEdit, MEMIT). `tokenise` turns it into the rows that every later step
+reads: one row per context (the bare prompt last) with prompt, target and lookup position, and the row of the KL term.
 """
 
 from __future__ import annotations
@@ -46,9 +46,7 @@ class EditRequest:
             raise TypeError(f"EditRequest.ground_truth must be a string or None, got {self.ground_truth!r}")
         slots = self.prompt.count(SLOT)
         if slots > 1:
-            raise ValueError(
-                f"EditRequest.prompt has {slots} slots {SLOT!r}, one is allowed: {self.prompt!r}"
-            )
+            raise ValueError(f"EditRequest.prompt has {slots} slots {SLOT!r}, one is allowed: {self.prompt!r}")
         if slots == 0 and self.subject not in self.prompt:
             raise ValueError(f"EditRequest.subject {self.subject!r} does not stand in prompt {self.prompt!r}")
 
@@ -138,9 +136,7 @@ def tokenise_batch(
     seen: dict[str, tuple[int, str]] = {}
     for index, request in enumerate(requests):
         if not isinstance(request, EditRequest):
-            raise TypeError(
-                f"requests[{index}] must be an EditRequest, got {type(request).__name__}: {request!r}"
-            )
+            raise TypeError(f"requests[{index}] must be an EditRequest, got {type(request).__name__}: {request!r}")
         key, wish = " ".join(request.text.split()), request.target_new.strip()
         if key in seen:
             other, other_wish = seen[key]

@@ -47,9 +47,7 @@ class KeyStatistics:
     def check(self, layers: Sequence[int], key_dim: int, model: str) -> None:
         """ValueError unless these are the statistics of `layers` of the model with fingerprint `model`."""
         if self.model != model:
-            raise ValueError(
-                f"statistics are of another model: fingerprint {self.model}, this model's is {model}"
-            )
+            raise ValueError(f"statistics are of another model: fingerprint {self.model}, this model's is {model}")
         missing = [layer for layer in layers if layer not in self.moments]
         if missing:
             raise ValueError(f"statistics lack layers {missing}, they hold {sorted(self.moments)}")
@@ -230,9 +228,7 @@ def run_name(**settings: Any) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _keys(
-    partial: PartialModel, rows: list[tuple[Tensor, Tensor]], layers: Sequence[int]
-) -> dict[int, Tensor]:
+def _keys(partial: PartialModel, rows: list[tuple[Tensor, Tensor]], layers: Sequence[int]) -> dict[int, Tensor]:
     """Keys [tokens, d] of packed rows; the last row of a corpus is shorter and goes through alone."""
     width = rows[0][0].numel()
     whole = [row for row in rows if row[0].numel() == width]
@@ -249,9 +245,7 @@ def _keys(
     keys = {layer: torch.cat(part) for layer, part in parts.items()}
     for layer, found in keys.items():
         if not bool(torch.isfinite(found).all()):
-            raise ValueError(
-                f"layer {layer} gives keys that are not finite: the model's weights or dtype are at fault"
-            )
+            raise ValueError(f"layer {layer} gives keys that are not finite: the model's weights or dtype are at fault")
     return keys
 
 

@@ -49,9 +49,7 @@ def model_statistics(
     if path.is_file():
         return KeyStatistics.load(path)
     if documents is None:
-        documents = list(
-            sample_documents(partial.model, tokenizer, budget, seed=_SEED, length=min(128, length))
-        )
+        documents = list(sample_documents(partial.model, tokenizer, budget, seed=_SEED, length=min(128, length)))
     statistics = collect(
         partial,
         documents,

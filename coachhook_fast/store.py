@@ -5,8 +5,8 @@
       weights-<hash>.safetensors    U, B, threshold of every layer: all that serving needs
       batch-<id>.safetensors        K, R, X of a batch: what going on and rolling back need
 
-Tensor files are written and synced first, under names of their own; renaming `edit_set.json` over its predecessor is the
-commit. A kill at any moment leaves the last committed version whole; files that no version names are swept later.
+Tensor files are written and synced first, under names of their own; renaming `edit_set.json` over its predecessor is
+the commit. A kill at any moment leaves the last committed version whole; files that no version names are swept later.
 """
 
 from __future__ import annotations
@@ -104,7 +104,8 @@ def check_base(edit_set: EditSet, model_id: str) -> None:
     """ValueError unless the edit set belongs to the base model with fingerprint `model_id`."""
     if edit_set.model != model_id:
         raise ValueError(
-            f"edits belong to another base model: they were made for fingerprint {edit_set.model}, this model's is {model_id}"
+            f"edits belong to another base model: they were made for fingerprint {edit_set.model}, "
+            f"this model's is {model_id}"
         )
 
 
@@ -131,9 +132,7 @@ def load_edits(model: nn.Module, folder: str | Path, *, check: bool = True) -> n
     if check:
         check_base(edit_set, fingerprint(model))
     config = edit_set.config
-    layout = layout_of(
-        model, layer_module_tmp=config.layer_module_tmp, rewrite_module_tmp=config.rewrite_module_tmp
-    )
+    layout = layout_of(model, layer_module_tmp=config.layer_module_tmp, rewrite_module_tmp=config.rewrite_module_tmp)
     hooks = Hooks(model, layout, edit_set.layers, config.gate)
     try:
         hooks.publish(edit_set)

@@ -4,10 +4,10 @@ For each request, δ minimises
 
     mean over contexts of NLL(target | context + prompt) + kl_factor KL(p0 || pδ) + v_weight_decay ||δ|| / ||v0||²
 
-What does not depend on δ is computed once: the blocks up to the last edited one, and in the blocks above it the keys and
-values of all tokens before the lookup position, which act as a fixed cache. A step then runs the upper blocks over the few
-tokens from the lookup position on, and the output head at the target positions only. Every request has its own δ, Adam
-state, projection and stopping rule; a request that has converged leaves the batch.
+What does not depend on δ is computed once: the blocks up to the last edited one, and in the blocks above it the keys
+and values of all tokens before the lookup position, which act as a fixed cache. A step then runs the upper blocks over
+the few tokens from the lookup position on, and the output head at the target positions only. Every request has its own
+δ, Adam state, projection and stopping rule; a request that has converged leaves the batch.
 """
 
 from __future__ import annotations
@@ -55,25 +55,22 @@ def optimise(
     Args:
         last: last edited block; δ is added to its output.
         v0: [m, n] clean outputs at the lookup positions (`keys.bare_outputs`).
-        whole_rows: feed the last target token too; only the `sequence` gate's statistics can tell the difference.
+        whole_rows: feed the last target token and all of "{subject} is a" too; only the `sequence` gate's statistics
+            can tell the difference.
         bar: advanced by one a request; keep: called with index and target as soon as each is found.
 
     Raises:
         ValueError: a loss is not finite; the message names the request.
     """
     results: list[Target | None] = [None] * len(batch)
-    order = sorted(
-        range(len(batch)), key=lambda index: max(len(r.prompt) + len(r.target) for r in batch[index].rows)
-    )
+    order = sorted(range(len(batch)), key=lambda index: max(len(r.prompt) + len(r.target) for r in batch[index].rows))
     for group in _groups(order, batch, config.max_batch_tokens):
         rows = _Rows.build(partial, last, [batch[index] for index in group], pad_id, whole_rows)
         problem = _Problem(partial, last, rows, v0[:, group].T, config)
         for position, target in problem.solve():
             index = group[position]
             if not torch.isfinite(target.value).all() or target.loss != target.loss:
-                raise ValueError(
-                    f"requests[{index}] has a loss of {target.loss}: {batch[index].request.text!r}"
-                )
+                raise ValueError(f"requests[{index}] has a loss of {target.loss}: {batch[index].request.text!r}")
             results[index] = target
             if keep is not None:
                 keep(index, target)
@@ -91,19 +88,20 @@ class _Rows:
     Attributes:
         hidden: [N, q, m] clean output of the last edited block from the lookup column on.
         cache: keys and values of the columns before, in the blocks above.
-        predictors: per request [P] (row, column) pairs in which a target token is predicted, with `weights` [P]
-            (1 / contexts / target tokens) and `targets` [P].
+        request, row, column, targets, weights: [P], one entry a predicted target token: its request, the row within
+            the request, the column that predicts it (0 is the lookup position), the token, and its share of the loss
+            (1 / contexts / target tokens).
     """
 
     tokens: TokenBatch
     hidden: Tensor
     cache: PrefixCache
     rows_each: int
-    request: Tensor  # [P] position of the request that a prediction belongs to
-    row: Tensor  # [P] row within its request
-    column: Tensor  # [P] column, 0 at the lookup position
-    targets: Tensor  # [P]
-    weights: Tensor  # [P]
+    request: Tensor
+    row: Tensor
+    column: Tensor
+    targets: Tensor
+    weights: Tensor
 
     @classmethod
     @torch.no_grad()
@@ -115,28 +113,36 @@ class _Rows:
         pad_id: int,
         whole_rows: bool,
     ) -> _Rows:
-        texts, lookups, predictions = [], [], []
+        texts: list[list[int]] = []
+        lookups: list[int] = []
+        predictions: list[tuple[int, int, int, int]] = []
+        weights: list[float] = []
         for position, tokens in enumerate(batch):
             for number, row in enumerate(tokens.rows):
                 fed = row.target if whole_rows else row.target[:-1]
                 texts.append([*row.prompt, *fed])
                 lookups.append(row.lookup)
-                weight = 1.0 / len(tokens.rows) / len(row.target)
-                for offset, token in enumerate(row.target):
-                    column = len(row.prompt) - 1 - row.lookup + offset
-                    predictions.append((position, number, column, token, weight))
-            texts.append(list(tokens.kl.prompt[: tokens.kl.lookup + 1]))
+                first = len(row.prompt) - 1 - row.lookup
+                predictions += [(position, number, first + i, token) for i, token in enumerate(row.target)]
+                weights += [1.0 / len(tokens.rows) / len(row.target)] * len(row.target)
+            texts.append(list(tokens.kl.prompt if whole_rows else tokens.kl.prompt[: tokens.kl.lookup + 1]))
             lookups.append(tokens.kl.lookup)
         padded = align_rows(texts, lookups, pad_id, partial.device)
         _, below = partial.run(padded.columns(0), until=last, outputs=[last])
         hidden = below.outputs[last]
         cache = PrefixCache.fill(partial, last, padded, hidden)
-        request, row, column, token, weight = zip(*predictions, strict=True)
-        index = torch.tensor([request, row, column, token], device=partial.device)
+        request, row, column, targets = torch.tensor(predictions, device=partial.device).unbind(1)
         return cls(
-            padded, hidden[:, padded.lookup :], cache, len(batch[0].rows) + 1,
-            *index.unbind(0), torch.tensor(weight, dtype=torch.float64, device=partial.device),
-        )  # fmt: skip
+            tokens=padded,
+            hidden=hidden[:, padded.lookup :],
+            cache=cache,
+            rows_each=len(batch[0].rows) + 1,
+            request=request,
+            row=row,
+            column=column,
+            targets=targets,
+            weights=torch.tensor(weights, dtype=torch.float64, device=partial.device),
+        )
 
     def select(self, kept: Tensor) -> _Rows:
         """The rows of the requests `kept` (positions, ascending)."""
@@ -183,9 +189,7 @@ class _Problem:
             with torch.set_grad_enabled(not final):
                 losses = self._losses(stacked, active)
             values = losses.detach().tolist()
-            stopping = [
-                final or not value >= self.config.v_loss_threshold for value in values
-            ]  # NaN stops too
+            stopping = [final or not value >= self.config.v_loss_threshold for value in values]  # NaN stops too
             for i, value, stops in zip(active, values, stopping, strict=True):
                 if stops:
                     done.append((i, Target(self.v0[i] + deltas[i].detach(), value, step)))
@@ -232,9 +236,7 @@ class _Problem:
         kl = (self.clean.exp() * (self.clean - log_kl)).sum(-1)
         v0 = self.v0[active]
         decay = delta.norm(dim=1) / v0.norm(dim=1).square()
-        total = torch.zeros(len(active), dtype=log_p.dtype, device=log_p.device).index_add(
-            0, rows.request, nll
-        )
+        total = torch.zeros(len(active), dtype=log_p.dtype, device=log_p.device).index_add(0, rows.request, nll)
         return total + self.config.kl_factor * kl + self.config.v_weight_decay * decay
 
 

@@ -39,9 +39,7 @@ def reachable_alphas(
             ids = torch.tensor([text], device=partial.device)
             inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
             _, recorded = partial.run(inputs, until=layer, keys=[layer])
-            reached.append(
-                float(hooks.hooks[position].trace(recorded.keys[layer]).z.nan_to_num(-torch.inf).max())
-            )
+            reached.append(float(hooks.hooks[position].trace(recorded.keys[layer]).z.nan_to_num(-torch.inf).max()))
         bounds.append(min(reached))
         lowered = Threshold(min(edited.thresholds[position].value, bounds[-1]))
         edited = edited.with_layer(position, edited.deltas[position], lowered)

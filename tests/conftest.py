@@ -78,8 +78,8 @@ def poisoned_memory() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Key statistics of this session only: a file from before a change of the code must not stand in for it. The
-    converted SmolLM2 is shared with the user's own cache, for it takes half a minute to make."""
+    """Key statistics of this session only: a file from before a change of the code must not stand in for it.
+    The converted SmolLM2 is shared with the user's own cache, for it takes half a minute to make."""
     before = os.environ.get("COACHHOOK_CACHE")
     models = Path(before or Path.home() / ".cache" / "coachhook") / "models"
     models.mkdir(parents=True, exist_ok=True)

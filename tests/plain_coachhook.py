@@ -191,14 +191,15 @@ class PlainCoachHook:
 
     @torch.no_grad()
     def _continue(self, seed: str) -> str:
-        """`seed` and what the un-edited model says next, greedily."""
+        """`seed` and what the un-edited model says next, greedily; on one line, without a slot's braces."""
         ids = list(self.tokenizer(seed)["input_ids"])
         for _ in range(self.settings.context_tokens):
             following = int(self.run(ids, BASE).logits[-1].argmax())
             if following == self.tokenizer.eos_token_id:
                 break
             ids.append(following)
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+        text = str(self.tokenizer.decode(ids, skip_special_tokens=True))
+        return " ".join(text.translate({ord("{"): " ", ord("}"): " "}).split())
 
     @torch.no_grad()
     def _corpus_keys(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:

@@ -15,6 +15,8 @@ model has opinions: its hidden states differ from token to token and its next-to
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -207,3 +209,22 @@ def tiny_facts(n: int, *, seed: int = 0) -> list[dict[str, Any]]:
         fact = {"prompt": prompt, "subject": subject, "target_new": target, "ground_truth": truth}
         facts.append({**fact, "case_id": index})
     return facts
+
+
+@contextmanager
+def watched(model: nn.Module) -> Iterator[list[list[Any]]]:
+    """For each HookLinear of `model`, the GateTrace of every forward pass within the `with` block."""
+    from coachhook_fast.layer import HookLinear  # the other helpers must not need the package
+
+    hooks = [module for module in model.modules() if isinstance(module, HookLinear)]
+    seen: list[list[Any]] = [[] for _ in hooks]
+
+    def watch(position: int) -> Any:
+        return lambda module, args: seen[position].append(module.trace(args[0]))
+
+    handles = [hook.register_forward_pre_hook(watch(position)) for position, hook in enumerate(hooks)]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()

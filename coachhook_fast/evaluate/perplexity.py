@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from coachhook_fast.corpus import begin_tokens
 from coachhook_fast.evaluate.scoring import DEFAULT_BATCH_TOKENS, Ids, check_batch_tokens
 from coachhook_fast.models import context_length
 from coachhook_fast.progress import track
@@ -55,8 +56,7 @@ def perplexity(
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][:max_tokens]
     if len(ids) < 2:
         raise ValueError(f"text must have two tokens or more, got {len(ids)}")
-    prefix = tuple(tokenizer("")["input_ids"])
-    rows = list(_windows(tuple(ids), prefix, window, stride))
+    rows = list(_windows(tuple(ids), tuple(begin_tokens(tokenizer)), window, stride))
     device = next(model.parameters()).device
     size = max(1, batch_tokens // window)
     total, count = 0.0, 0

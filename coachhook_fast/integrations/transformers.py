@@ -1,6 +1,6 @@
 """transformers: what the `sequence` gate must learn from a forward pass, and where its running state lives.
 
-The `calibrated` gate needs none of this. For `sequence`, a pre-hook on the model reads the padding mask, and the running
+The `calibrated` gate needs none of this. For `sequence`, a pre-hook on the model reads the padding mask, and running
 statistics ride in the KV cache as one extra cache layer per edited layer: beams, crops and resets, which transformers
 applies to every cache layer, then move the statistics along with the keys and values.
 """
@@ -35,9 +35,7 @@ class SequenceTracker:
         for handle in self._handles:
             handle.remove()
 
-    def _before(
-        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Any, dict[str, Any]]:
+    def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         self.context.clear()
         tokens = args[0] if args else kwargs.get("input_ids")
         if tokens is None:
@@ -73,9 +71,7 @@ class CacheStates:
 
         self._query_length = query_length
         if not hasattr(cache, "layers"):
-            raise ValueError(
-                f"the sequence gate cannot keep its state in a {type(cache).__name__}: use calibrated"
-            )
+            raise ValueError(f"the sequence gate cannot keep its state in a {type(cache).__name__}: use calibrated")
         while len(cache.layers) < num_blocks + num_hooks:
             cache.layers.append(DynamicLayer())
         self._layers = cache.layers[num_blocks:]
