@@ -23,7 +23,8 @@ class _FixedLayer(DynamicLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        assert self.keys is not None and self.values is not None
+        assert self.keys is not None
+        assert self.values is not None
         return torch.cat([self.keys, key_states], dim=-2), torch.cat([self.values, value_states], dim=-2)
 
 
@@ -63,7 +64,7 @@ class PrefixCache:
             past_key_values=Cache(layers=layers),
         )
         # The `sequence` gate keeps its running state in further layers behind those of the blocks.
-        above = filled.layers[last + 1 : len(partial.blocks)]
+        above = layers[last + 1 : len(partial.blocks)]
         return cls(
             (stand_in,) * (last + 1) + tuple(layer.keys for layer in above),
             (stand_in,) * (last + 1) + tuple(layer.values for layer in above),
