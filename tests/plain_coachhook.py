@@ -120,9 +120,7 @@ class PlainCoachHook:
         sequences: token ids of the corpus for E[kkᵀ] and the calibrated threshold; every token counts.
     """
 
-    def __init__(
-        self, model: Any, tokenizer: Any, settings: Settings, sequences: Sequence[Sequence[int]]
-    ) -> None:
+    def __init__(self, model: Any, tokenizer: Any, settings: Settings, sequences: Sequence[Sequence[int]]) -> None:
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
         blocks, down = PLACES[model.config.model_type]
         self.blocks = list(model.get_submodule(blocks))
@@ -143,9 +141,7 @@ class PlainCoachHook:
         weight = module.weight.detach()
         return (weight.T if type(module).__name__ == "Conv1D" else weight).clone()
 
-    def run(
-        self, ids: Sequence[int], modes: Sequence[str] | str, *, delta: Tensor | None = None, at: int = -1
-    ) -> Pass:
+    def run(self, ids: Sequence[int], modes: Sequence[str] | str, *, delta: Tensor | None = None, at: int = -1) -> Pass:
         """One whole sequence through the whole model, with `modes` for each edited layer (one name: for all),
         and δ added to the last edited block's output at token `at`."""
         L = len(self.places)
@@ -279,9 +275,7 @@ class PlainCoachHook:
     # ---------------------------------------------------------------- steps 2 and 3
 
     @torch.no_grad()
-    def keys_and_residual(
-        self, i: int, fact: dict[str, Any], v: Tensor, modes: list[str]
-    ) -> tuple[Tensor, Tensor]:
+    def keys_and_residual(self, i: int, fact: dict[str, Any], v: Tensor, modes: list[str]) -> tuple[Tensor, Tensor]:
         """The key of layer i [d] and what is still missing from the last edited block's output [m]."""
         passes = [(self.run(prompt, modes), lookup) for prompt, _, lookup in self.rows(fact)]
         *in_context, bare = [seen.keys[i][lookup] for seen, lookup in passes]
@@ -296,9 +290,7 @@ class PlainCoachHook:
         batch.losses, batch.steps = [loss for _, loss, _ in found], [steps for _, _, steps in found]
         for i in range(L):
             modes = [VALIDATED] * i + [TEMPORARY] * (L - i)
-            columns = [
-                self.keys_and_residual(i, fact, v, modes) for fact, v in zip(facts, batch.V.T, strict=True)
-            ]
+            columns = [self.keys_and_residual(i, fact, v, modes) for fact, v in zip(facts, batch.V.T, strict=True)]
             K = torch.stack([key for key, _ in columns], dim=1)
             R = torch.stack([residual for _, residual in columns], dim=1) / (L - i)
             X, s = insertion(self.C[i], K)

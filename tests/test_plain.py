@@ -188,9 +188,7 @@ def test_one_batch_by_its_definition() -> None:
     torch.testing.assert_close(batch.K[0][:, 0], 0.5 * keys[5] + 0.1 * keys[:5].sum(0), rtol=1e-12, atol=0)
     bare, lookup = clean[5], rows[5][2]
     torch.testing.assert_close(batch.R[0], batch.V - bare.block[lookup][:, None], rtol=1e-12, atol=0)
-    torch.testing.assert_close(
-        (C + batch.K[0] @ batch.K[0].T) @ batch.X[0], batch.K[0], rtol=1e-9, atol=1e-12
-    )
+    torch.testing.assert_close((C + batch.K[0] @ batch.K[0].T) @ batch.X[0], batch.K[0], rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(batch.delta[0], batch.R[0] @ batch.X[0].T, rtol=1e-9, atol=1e-12)
     moved = oracle.run(rows[5][0], TEMPORARY).block[lookup] - bare.block[lookup]
     torch.testing.assert_close(moved, batch.delta[0] @ keys[5], rtol=1e-9, atol=1e-12)
