@@ -78,9 +78,7 @@ def read_one(tmp_path: Path, record: dict[str, Any]) -> EditRecord:
 
 def test_rome_counterfact(tmp_path: Path) -> None:
     record = read_one(tmp_path, ROME)
-    assert record.request == EditRequest(
-        "The mother tongue of {} is", "Danielle Darrieux", "English", "French", 7
-    )
+    assert record.request == EditRequest("The mother tongue of {} is", "Danielle Darrieux", "English", "French", 7)
     assert record.request.text == "The mother tongue of Danielle Darrieux is"
     assert record.rephrase_prompts == tuple(ROME["paraphrase_prompts"])  # type: ignore[arg-type]
     assert record.locality_prompts == tuple(ROME["neighborhood_prompts"])  # type: ignore[arg-type]
@@ -107,10 +105,7 @@ def test_known_facts(tmp_path: Path) -> None:
     record = read_one(tmp_path, KNOWN)
     assert (record.request.target_new, record.request.ground_truth) == ("Antarctica", "Antarctica")
     assert record.request.case_id == 3
-    assert (
-        read_one(tmp_path, without(KNOWN, "prompt")).request.text
-        == "Vinson Massif is located in the continent"
-    )
+    assert read_one(tmp_path, without(KNOWN, "prompt")).request.text == "Vinson Massif is located in the continent"
 
 
 def test_own_json_lines(tmp_path: Path) -> None:

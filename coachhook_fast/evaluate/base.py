@@ -23,7 +23,7 @@ class BaseAnswers:
     """The unedited model's answers.
 
     Attributes:
-        model: fingerprint of the base model.
+        model: key of the base model, see `model_key`.
         records: hash of the records, see `records_hash`.
         neighbours: for each record and neighbour, the most probable token at each position of the neighbour's
             answer; one position where the file gives no answer.
@@ -54,23 +54,19 @@ class BaseAnswers:
             for prompt_ids, answer_ids in [encode_prompt_target(tokenizer, prompt, answer or "the")]
         ]
         with unedited(model):
-            scores = score_pairs(
-                model, pairs, batch_tokens=batch_tokens, progress=progress, description="base answers"
-            )
+            scores = score_pairs(model, pairs, batch_tokens=batch_tokens, progress=progress, description="base answers")
         predictions = iter([score.predictions for score in scores])
         neighbours = [[next(predictions) for _ in record.locality_prompts] for record in records]
-        return cls(fingerprint(model), records_hash(records), neighbours)
+        return cls(model_key(model), records_hash(records), neighbours)
 
     def check(self, model: Any, records: Sequence[EditRecord]) -> None:
         """Raises ValueError where these are the answers of another model or to other records."""
         for name, ours, theirs in (
-            ("model", self.model, fingerprint(model)),
+            ("model", self.model, model_key(model)),
             ("records", self.records, records_hash(records)),
         ):
             if ours != theirs:
-                raise ValueError(
-                    f"base answers belong to other {name}: theirs have hash {ours}, these {theirs}"
-                )
+                raise ValueError(f"base answers belong to other {name}: theirs have hash {ours}, these {theirs}")
 
     def save(self, path: str | Path) -> None:
         """Writes JSON; a reader never sees half a file."""
@@ -92,6 +88,12 @@ class BaseAnswers:
             return cls(**values)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} does not hold base answers: {error}") from error
+
+
+def model_key(model: Any) -> str:
+    """The base model's fingerprint, dtype and kind of device: near ties fall differently in another arithmetic."""
+    parameter = next(model.parameters())
+    return f"{fingerprint(model)}-{str(parameter.dtype).removeprefix('torch.')}-{parameter.device.type}"
 
 
 def records_hash(records: Sequence[EditRecord]) -> str:

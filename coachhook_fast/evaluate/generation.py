@@ -141,9 +141,7 @@ class SeededTopK(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         best = scores.topk(min(self.k, scores.shape[-1]), dim=-1)
-        draws = [
-            torch.rand(best.values.shape[-1], generator=one, dtype=torch.float64) for one in self._generators
-        ]
+        draws = [torch.rand(best.values.shape[-1], generator=one, dtype=torch.float64) for one in self._generators]
         noise = -torch.log(-torch.log(torch.stack(draws).clamp(1e-12, 1 - 1e-12)))
         values = best.values + noise.to(best.values)
         return torch.full_like(scores, -torch.inf).scatter(-1, best.indices, values)

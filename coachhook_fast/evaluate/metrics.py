@@ -83,12 +83,9 @@ def evaluate(
 
     start = time.perf_counter()
     results = [
-        RecordResult(index, record.request.case_id, record.request.subject)
-        for index, record in enumerate(records)
+        RecordResult(index, record.request.case_id, record.request.subject) for index, record in enumerate(records)
     ]
-    plans = [
-        _Plan.of(tokenizer, record, answers) for record, answers in zip(records, base.neighbours, strict=True)
-    ]
+    plans = [_Plan.of(tokenizer, record, answers) for record, answers in zip(records, base.neighbours, strict=True)]
     if "accuracy" in metrics or "probability" in metrics:
         _score(model, plans, results, metrics, options)
     if "generation" in metrics:
@@ -127,9 +124,7 @@ class _Plan:
         prompts = (request.text, *record.rephrase_prompts)
         truth = request.ground_truth
         neighbours, rivals = [], []
-        for index, (prompt, answer) in enumerate(
-            zip(record.locality_prompts, record.locality_answers, strict=True)
-        ):
+        for index, (prompt, answer) in enumerate(zip(record.locality_prompts, record.locality_answers, strict=True)):
             if answer is None:
                 neighbours.append(Pair(pair(prompt, request.target_new).prompt, base[index]))
             else:
@@ -187,9 +182,7 @@ def _generate(
 ) -> None:
     """Fills in the exact match of greedy generation, with as many tokens as the new answer has."""
     pairs = [pair for plan in plans for pair in plan.new]
-    written = continue_greedily(
-        model, [pair.prompt for pair in pairs], [len(pair.target) for pair in pairs], **options
-    )
+    written = continue_greedily(model, [pair.prompt for pair in pairs], [len(pair.target) for pair in pairs], **options)
     texts = iter(written)
     for plan, result in zip(plans, results, strict=True):
         mine = [next(texts) for _ in plan.new]

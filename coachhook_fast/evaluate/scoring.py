@@ -87,8 +87,7 @@ def score_pairs(
             raise ValueError(f"pairs[{index}] needs a prompt and a target of one token or more, got {pair}")
         if limit is not None and len(pair.prompt) + len(pair.target) > limit:
             raise ValueError(
-                f"pairs[{index}] has {len(pair.prompt) + len(pair.target)} tokens, "
-                f"the model's context is {limit}"
+                f"pairs[{index}] has {len(pair.prompt) + len(pair.target)} tokens, the model's context is {limit}"
             )
     rows = _plan_rows(pairs, whole=looks_ahead(model))
     scores: list[Score | None] = [None] * len(pairs)
@@ -141,9 +140,7 @@ class _Row:
 def _plan_rows(pairs: Sequence[Pair], *, whole: bool) -> list[_Row]:
     """The fewest rows from which all pairs can be read, longest first."""
     if whole:
-        rows = [
-            _Row(pair.prompt + pair.target, [index], len(pair.prompt) - 1) for index, pair in enumerate(pairs)
-        ]
+        rows = [_Row(pair.prompt + pair.target, [index], len(pair.prompt) - 1) for index, pair in enumerate(pairs)]
         return sorted(rows, key=lambda row: len(row.tokens), reverse=True)
     readers: dict[Ids, list[int]] = {}
     for index, pair in enumerate(pairs):

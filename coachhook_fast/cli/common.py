@@ -1,0 +1,165 @@
+"""What several verbs share: arguments, loading, and the report that `main` prints."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from coachhook_fast.config import EditConfig
+    from coachhook_fast.datasets import EditRecord
+
+MODEL_HELP = "hub name, local folder, GGUF file, or smollm2 for the packaged SmolLM2-135M"
+_PIPE_WIDTH = 120  # columns of a table where stdout is no terminal
+
+
+@dataclass(frozen=True)
+class Report:
+    """A verb's result: `data` for --json, `show` for people."""
+
+    data: Any
+    show: Callable[[Console], None]
+
+
+def console() -> Console:
+    """Where tables go: stdout."""
+    from rich.console import Console
+
+    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else _PIPE_WIDTH, highlight=False)
+
+
+def note(message: str) -> None:
+    """A line for the person who waits."""
+    print(message, file=sys.stderr)
+
+
+# -------------------------------------------------------------------- arguments
+
+
+def positive(text: str) -> int:
+    """argparse type: an integer of at least 1."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
+    return value
+
+
+def names(text: str) -> list[str]:
+    """argparse type: words between commas."""
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, metavar="M", help=MODEL_HELP)
+    parser.add_argument("--dtype", metavar="T", help="float32, bfloat16 or float16 (default: the checkpoint's)")
+    parser.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1 ... (default: the GPU where there is one)")
+
+
+def add_facts(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--facts", required=True, type=Path, metavar="FILE", help="CounterFact, ZsRE or our JSONL, told by its fields"
+    )
+    parser.add_argument("--limit", type=positive, metavar="N", help="use only the first N facts")
+    parser.add_argument(
+        "--skip-invalid", action="store_true", help="leave out facts that are no valid edit, and count them"
+    )
+
+
+def add_edits(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    parser.add_argument("--edits", required=required, type=Path, metavar="DIR", help="folder of a saved edit set")
+
+
+def add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", type=Path, metavar="YAML", help="settings: our names, or an EasyEdit hparams file")
+    parser.add_argument("--layers", metavar="A,B,..", help="blocks to edit, for example 4,5,6 or 4-8")
+    parser.add_argument("--gate", choices=("calibrated", "sequence"), help="who decides where edits fire")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="any other setting of EditConfig; may repeat"
+    )
+
+
+# -------------------------------------------------------------------- loading
+
+
+def load_model(arguments: argparse.Namespace) -> tuple[Any, Any]:
+    """(model, tokenizer) of --model, --dtype, --device."""
+    from transformers.utils import logging
+
+    from coachhook_fast.models import load_model as load
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    note(f"loading {arguments.model}")
+    try:
+        return load(arguments.model, dtype=arguments.dtype, device=arguments.device)
+    except RuntimeError as error:  # torch's word for a device that it does not know or that is not there
+        raise ValueError(f"model {arguments.model!r} on device {arguments.device!r}: {error}") from error
+
+
+def load_records(arguments: argparse.Namespace) -> tuple[list[EditRecord], list[str]]:
+    """Records of --facts, and why others were left out."""
+    from coachhook_fast.datasets import read_records
+
+    skipped: list[str] = []
+    records = read_records(arguments.facts, limit=arguments.limit, skipped=skipped if arguments.skip_invalid else None)
+    if skipped:
+        note(f"left out {len(skipped)} facts that are no valid edit, the first: {skipped[0]}")
+    if not records:
+        raise ValueError(f"{arguments.facts} holds no valid edit")
+    return records, skipped
+
+
+def load_config(arguments: argparse.Namespace, *, edits: Path | None = None) -> EditConfig:
+    """Settings of --config, --layers, --gate and --set, later ones first; of `edits` where none are given."""
+    import yaml
+
+    from coachhook_fast.config import EditConfig
+    from coachhook_fast.store import read_manifest
+
+    values: dict[str, Any] = {} if edits is None else dict(read_manifest(edits)["config"])
+    try:
+        if arguments.config is not None:
+            values |= EditConfig.from_yaml(arguments.config).to_dict()
+        if arguments.layers is not None:
+            values["layers"] = _layers(arguments.layers)
+        if arguments.gate is not None:
+            values["gate"] = arguments.gate
+        for setting in arguments.set:
+            key, equals, value = setting.partition("=")
+            if not equals:
+                raise ValueError(f"--set must be KEY=VALUE, got {setting!r}")
+            values[key.strip()] = _value(value)
+        return EditConfig.from_dict(values)
+    except (TypeError, yaml.YAMLError) as error:
+        raise ValueError(str(error)) from error
+
+
+def _value(text: str) -> Any:
+    """A YAML value; YAML 1.1 takes 1e-3 for text, so numbers are tried first."""
+    import yaml
+
+    try:
+        return float(text) if any(sign in text for sign in ".eE") else int(text)
+    except ValueError:
+        return yaml.safe_load(text)
+
+
+def _layers(text: str) -> tuple[int, ...]:
+    """Reads 4,5,6 or 4-8 or both mixed."""
+    layers: list[int] = []
+    try:
+        for part in names(text):
+            first, _, last = part.partition("-")
+            layers += range(int(first), int(last or first) + 1)
+    except ValueError:
+        raise ValueError(f"--layers must be block numbers such as 4,5,6 or 4-8, got {text!r}") from None
+    return tuple(layers)
