@@ -14,6 +14,11 @@ from coachhook_fast.gate import Threshold, calibrated_threshold
 from coachhook_fast.hooks import Hooks
 from coachhook_fast.request import TokenisedRequest
 
+# Inference computes the same z in other batches and kernels, and must still reach α: α is lowered by this many units of
+# rounding of the model's dtype, and by 2 % at most (half precision, where rounding is as large).
+_ROUNDING_UNITS = 64
+_LARGEST_MARGIN = 0.02
+
 
 def calibrate(delta: LowRankDelta, keys: torch.Tensor, config: EditConfig) -> Threshold:
     """τ of the `calibrated` gate for `delta`, from the sample `keys` [S, d] of ordinary text."""
@@ -29,7 +34,8 @@ def reachable_alphas(
     """For each layer, min over requests of the largest z that inference reaches on the request's own text.
 
     What inference sees: texts without padding, through the gated model, in which the layers below already have the
-    thresholds found here; once the bare prompt and once the prompt with its target, whichever reaches less.
+    thresholds found here; once the bare prompt and once the prompt with its target, whichever reaches less. A text
+    without z (one token, or Δ = 0) says nothing; inf where no text has one.
     """
     texts = [row for tokens in batch for row in (tokens.bare.prompt, tokens.bare.prompt + tokens.bare.target)]
     bounds: list[float] = []
@@ -39,8 +45,12 @@ def reachable_alphas(
             ids = torch.tensor([text], device=partial.device)
             inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
             _, recorded = partial.run(inputs, until=layer, keys=[layer])
-            reached.append(float(hooks.hooks[position].trace(recorded.keys[layer]).z.nan_to_num(-torch.inf).max()))
-        bounds.append(min(reached))
+            keys = recorded.keys[layer]
+            z = hooks.hooks[position].trace(keys).z
+            if not bool(z.isnan().all()):
+                margin = min(_ROUNDING_UNITS * torch.finfo(keys.dtype).eps, _LARGEST_MARGIN)
+                reached.append((1.0 - margin) * float(z.nan_to_num(-torch.inf).max()))
+        bounds.append(min(reached, default=float("inf")))
         lowered = Threshold(min(edited.thresholds[position].value, bounds[-1]))
         edited = edited.with_layer(position, edited.deltas[position], lowered)
         hooks.publish(edited)
