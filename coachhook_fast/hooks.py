@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -11,7 +13,8 @@ from torch import nn
 from coachhook_fast.architectures import Layout, down_projection_size
 from coachhook_fast.edit_set import EditSet
 from coachhook_fast.integrations.transformers import SequenceTracker
-from coachhook_fast.layer import HookLinear
+from coachhook_fast.layer import HookLinear, check_mode
+from coachhook_fast.versions import Versions
 
 ATTRIBUTE = "coachhook"
 
@@ -21,6 +24,9 @@ class Hooks:
 
     Installing replaces each edited down-projection by a `HookLinear` around it; `unload` puts the originals back. Base
     weights are never written, so `disabled()` and `unload()` give the base model bit for bit.
+
+    Edit sets may be published and switched on and off while other threads run the model: every forward pass of the
+    model works with one whole version from its beginning to its end.
     """
 
     def __init__(self, model: nn.Module, layout: Layout, layers: Sequence[int], gate: str) -> None:
@@ -32,22 +38,64 @@ class Hooks:
         self.layers = checked_layers(model, layout, layers)
         originals = [layout.down_projection(model, layer) for layer in self.layers]
         self.hooks = [HookLinear(base, gate=gate, index=index) for index, base in enumerate(originals)]
+        self._versions = Versions([hook.served for hook in self.hooks])
+        for position, hook in enumerate(self.hooks):
+            hook.join(self._versions, position)
         self._tracker = SequenceTracker(model, self.hooks) if gate == "sequence" else None
+        self._handles = [
+            model.register_forward_pre_hook(self._begin_pass),
+            model.register_forward_hook(self._end_pass, always_call=True),
+        ]
         for layer, hook in zip(self.layers, self.hooks, strict=True):
             self._place(layer, hook)
         self.edit_set: EditSet | None = None
         setattr(model, ATTRIBUTE, self)
 
     def publish(self, edit_set: EditSet) -> None:
-        """Makes `edit_set` the one that is served."""
-        for hook, delta, threshold in zip(self.hooks, edit_set.deltas, edit_set.thresholds, strict=True):
-            hook.set_delta(delta, threshold.value, moments=(threshold.mean, threshold.std))
+        """Makes `edit_set` the one that is served: passes that begin later see all of it, earlier ones nothing.
+
+        Raises:
+            ValueError: another gate, other layers or shapes than the hooks'; what was served before is served still.
+        """
+        gate = self.hooks[0].gate
+        if edit_set.config.gate != gate or edit_set.layers != self.layers:
+            raise ValueError(
+                f"the hooks are on layers {self.layers} with the {gate} gate, the edit set is for layers "
+                f"{edit_set.layers} with {edit_set.config.gate}: load it with load_edits after unload()"
+            )
+        states = [
+            hook.serving_state(delta, threshold.value, moments=(threshold.mean, threshold.std))
+            for hook, delta, threshold in zip(self.hooks, edit_set.deltas, edit_set.thresholds, strict=True)
+        ]
+        entries = self._versions.published()
+        self._versions.publish([replace(entry, state=state) for entry, state in zip(entries, states, strict=True)])
         self.edit_set = edit_set
+
+    def reserve(self, rank: int) -> None:
+        """Pads what is served to `rank` with zero rows, now and in later versions.
+
+        Compiled code then takes every edit set of up to that rank without recompiling; the rows cost what real ones do.
+
+        Raises:
+            ValueError: a negative rank, or one at which the factors would be larger than the base weight.
+        """
+        hook = self.hooks[0]
+        m, d = hook.out_features, hook.in_features
+        if rank < 0 or rank * (m + d) >= m * d:
+            raise ValueError(
+                f"rank must be at least 0 and under {m * d // (m + d)} for layers of [{m}, {d}], got {rank}"
+            )
+        for hook in self.hooks:
+            hook.reserve = rank
+        if self.edit_set is not None:
+            self.publish(self.edit_set)
 
     def set_modes(self, modes: Sequence[str]) -> None:
         """Mode of each hook: "off", "gated" or "always" (the temporary hook of an update)."""
-        for hook, mode in zip(self.hooks, modes, strict=True):
-            hook.mode = mode
+        for mode in modes:
+            check_mode(mode)
+        entries = self._versions.published()
+        self._versions.publish([replace(entry, mode=mode) for entry, mode in zip(entries, modes, strict=True)])
 
     def enable(self) -> None:
         """Edits take effect (the state after installing)."""
@@ -59,8 +107,8 @@ class Hooks:
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """The base model, bit for bit, within the `with` block."""
-        modes = [hook.mode for hook in self.hooks]
+        """The base model, bit for bit, within the `with` block; for all threads."""
+        modes = [entry.mode for entry in self._versions.published()]
         try:
             self.disable()
             yield
@@ -73,12 +121,35 @@ class Hooks:
             self._place(layer, hook.base_layer)
         if self._tracker is not None:
             self._tracker.remove()
+        for handle in self._handles:
+            handle.remove()
         delattr(self.model, ATTRIBUTE)
         return self.model
+
+    def _begin_pass(self, *_: Any) -> None:
+        self._versions.pin()
+
+    def _end_pass(self, *_: Any) -> None:
+        self._versions.unpin()
 
     def _place(self, layer: int, module: nn.Module) -> None:
         parent, _, name = self.layout.rewrite_module_tmp.format(layer).rpartition(".")
         setattr(self.model.get_submodule(parent), name, module)
+
+
+def twin(model: nn.Module) -> nn.Module:
+    """A second model over the same parameters and buffers: edit the one while other threads run the other.
+
+    An editor runs its model in parts, with temporary hooks, which passes of other threads must not meet. Costs no copy of
+    any weight.
+
+    Raises:
+        ValueError: the model has hooks; take the twin first.
+    """
+    if hasattr(model, ATTRIBUTE):
+        raise ValueError("model has hooks already: take its twin before installing any")
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, memo=dict(shared))
 
 
 def checked_layers(model: nn.Module, layout: Layout, layers: Sequence[int]) -> tuple[int, ...]:

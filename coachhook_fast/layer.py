@@ -3,9 +3,8 @@
     out = base(x) + fire(x) * U (B x)          (METHOD.md sections 3 and 4)
 
 The base layer is called or read, never written: its weight is the model's own storage. Everything the edits
-add lives in one immutable `HookState`; `set_delta` publishes a new one by a single attribute assignment and
-`forward` reads that attribute once, so a forward pass sees either the old edit set or the new one, never a
-mixture.
+add lives in one immutable `HookState`, published with those of the model's other hooks as one value
+(`Versions`), so a forward pass sees either the old edit set or the new one, never a mixture.
 
 How edit sets per tenant would fit: a state is a value, so a batch that mixes tenants needs a table of states
 and a row index beside `x`. `U`, `B` and the threshold then gain a leading tenant dimension (zero rows pad
@@ -17,16 +16,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from coachhook_fast.delta import LowRankDelta
+from coachhook_fast.gate import carried_gate
 from coachhook_fast.ops import gated_linear as ops
 from coachhook_fast.reference.gated_linear import accumulator_dtype, sequence_rows
 from coachhook_fast.sketch import make_sketch
+from coachhook_fast.versions import Versions
 
 GATES = ("calibrated", "sequence")
 MODES = ("off", "gated", "always")
@@ -37,10 +38,14 @@ class SequenceInfo(Protocol):
 
     mask: Tensor | None  # [S, q] bool, True = a real token
     cu_seqlens: Tensor | None  # [S + 1] int32
+    prompt_length: int | None  # how many of these tokens a new sequence's prompt holds, None = all
 
-    def load(self, index: int) -> Tensor | None: ...
+    @property
+    def carries_state(self) -> bool: ...
 
-    def store(self, index: int, state: Tensor) -> None: ...
+    def load(self, index: int) -> Tensor | None: ...  # [S, 3]: count, mean, M2 before these tokens
+
+    def store(self, index: int, states: Tensor) -> None: ...  # [S, q, 3]: after each of these tokens
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,14 @@ class HookState:
         return self.B.shape[0] == 0
 
 
+@dataclass(frozen=True)
+class Served:
+    """What one hook does in a forward pass."""
+
+    state: HookState
+    mode: str
+
+
 class HookLinear(nn.Module):
     """A linear layer with gated edits.
 
@@ -79,6 +92,8 @@ class HookLinear(nn.Module):
         index: position among the edited layers; names this layer's running state in `context`.
         miss_probability: chance that the two-stage gate overlooks a token that fires (large ranks,
             `calibrated`); None measures every token with all of ``B``. Takes effect at the next `set_delta`.
+        reserve: rank up to which the serving copy is padded with zero rows, which change no norm: versions of up to
+            this rank have one shape, so that a swap recompiles nothing. 0: no padding. Takes effect like the above.
         context: read by the `sequence` gate only; None means that every token is real and nothing came
             before.
     """
@@ -108,23 +123,32 @@ class HookLinear(nn.Module):
         self.gate = gate
         self.index = index
         self.miss_probability = miss_probability
+        self.reserve = 0
         self.context: SequenceInfo | None = None
-        self._mode = "gated"
         dtype, device = _serving_placement(base_layer, torch.float32)
         empty = LowRankDelta.zeros(self.out_features, self.in_features, dtype=dtype, device=device)
-        self._state = self._make_state(empty, math.inf, None)
+        self._versions = Versions([Served(self._make_state(empty, math.inf, None), "gated")])
+        self._position = 0
 
     # ---------------------------------------------------------------- the edit set
 
+    def join(self, versions: Versions[Served], position: int) -> None:
+        """From now on serve entry `position` of `versions`, which the hooks of one model share."""
+        self._versions, self._position = versions, position
+
+    @property
+    def served(self) -> Served:
+        """What this hook does in the pass of this thread; without one, what is published."""
+        return self._versions.current()[self._position]
+
     @property
     def mode(self) -> str:
-        return self._mode
+        return self.served.mode
 
     @mode.setter
     def mode(self, mode: str) -> None:
-        if mode not in MODES:
-            raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
-        self._mode = mode
+        check_mode(mode)
+        self._versions.replace(self._position, lambda served: replace(served, mode=mode))
 
     def set_delta(self, delta: LowRankDelta, threshold: float, *, moments: tuple[float, float] | None = None) -> None:
         """Publish an edit set: a serving copy of `delta` in the base's dtype and device, and tau or alpha.
@@ -133,6 +157,13 @@ class HookLinear(nn.Module):
         Raises ValueError, with the state as before, if the shapes differ from the layer's or the threshold is
         NaN.
         """
+        state = self.serving_state(delta, threshold, moments=moments)
+        self._versions.replace(self._position, lambda served: replace(served, state=state))
+
+    def serving_state(
+        self, delta: LowRankDelta, threshold: float, *, moments: tuple[float, float] | None = None
+    ) -> HookState:
+        """What `set_delta` would publish."""
         if (delta.out_features, delta.in_features) != (self.out_features, self.in_features):
             raise ValueError(
                 f"delta must be [{self.out_features}, {self.in_features}], "
@@ -141,18 +172,18 @@ class HookLinear(nn.Module):
         if math.isnan(threshold):
             raise ValueError(f"threshold must be a number, got {threshold}")
         dtype, device = _serving_placement(self.base_layer, delta.dtype)
-        self._state = self._make_state(delta.to(dtype=dtype, device=device), threshold, moments)
+        return self._make_state(delta.to(dtype=dtype, device=device), threshold, moments)
 
     @property
     def delta(self) -> LowRankDelta:
         """The serving copy."""
-        state = self._state
+        state = self.served.state
         return LowRankDelta(state.U, state.B)
 
     @property
     def threshold(self) -> float:
         """tau (`calibrated`) or alpha (`sequence`); infinite before the first edit."""
-        return float(self._state.threshold)
+        return float(self.served.state.threshold)
 
     def get_delta_weight(self) -> Tensor:
         """``Delta`` as served, ``[m, d]``."""
@@ -162,22 +193,30 @@ class HookLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., d]`` to ``[..., m]``. NaN in a token leaves the other tokens alone and raises nothing."""
-        state = self._state
-        if self._mode == "off" or state.is_empty:
+        served = self.served
+        state = served.state
+        if served.mode == "off" or state.is_empty:
             return self.base_layer(x)
-        if self._mode == "always":
+        if served.mode == "always":
             out = self.base_layer(x)
             c = nn.functional.linear(x.to(state.B.dtype), state.B)
             return out + (c if state.U is None else nn.functional.linear(c, state.U)).to(out.dtype)
         mask, cu_seqlens, running = self._sequence(x)
+        if self._carries(x):
+            assert self.context is not None
+            with torch.no_grad():
+                norm = ops.delta_norm(x.to(state.B.dtype), state.B)
+                fire, _, states = self._decide(norm, state, mask, running)
+            self.context.store(self.index, states)
+            return ops.correct(self.base_layer(x), x, state.U, state.B, fire)
         edits = (state.U, state.B, state.threshold, state.sketch, self.gate, mask, cu_seqlens, running)
         weight = _plain_weight(self.base_layer)
         if weight is not None and weight.dtype == state.B.dtype:
             out, _, after = ops.gated_linear(x, weight, self.base_layer.bias, *edits)  # type: ignore[arg-type]
         else:
             out, _, after = ops.gated_delta(self.base_layer(x), x, *edits)
-        if self.gate == "sequence" and self.context is not None:
-            self.context.store(self.index, after)
+        if self.gate == "sequence" and self.context is not None and self.context.carries_state:
+            self.context.store(self.index, after[:, None])
         return out
 
     @torch.no_grad()
@@ -187,13 +226,16 @@ class HookLinear(nn.Module):
         z is the paper's under `sequence`; under `calibrated` it is (norm - mean) / std with the moments given
         to `set_delta`, NaN without them.
         """
-        state = self._state
+        state = self.served.state
         norm = ops.delta_norm(x.to(state.B.dtype), state.B)
         if self.gate == "calibrated":
             mean, std = state.moments or (math.nan, math.nan)
             fire = (norm >= state.threshold) & (not state.is_empty)
             return GateTrace(norm, (norm - mean) / std, fire)
         mask, cu_seqlens, running = self._sequence(x)
+        if self._carries(x):
+            fire, z, _ = self._decide(norm, state, mask, running)
+            return GateTrace(norm, z, fire)
         if cu_seqlens is not None:
             grid = norm.reshape(-1)
         else:
@@ -212,6 +254,21 @@ class HookLinear(nn.Module):
             raise ValueError(f"context.mask {tuple(mask.shape)} does not cover the tokens of x {tuple(x.shape)}")
         return mask, context.cu_seqlens, context.load(self.index)
 
+    def _carries(self, x: Tensor) -> bool:
+        """Whether the tokens are several and a state must be kept after each: one token is the operator's own case."""
+        context = self.context
+        return self.gate == "sequence" and context is not None and context.carries_state and x.shape[-2] > 1
+
+    def _decide(
+        self, norm: Tensor, state: HookState, mask: Tensor | None, running: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """fire, z ``[..., q]`` and states ``[S, q, 3]`` for norms ``[..., q]``."""
+        assert self.context is not None
+        grid = norm.reshape(-1, norm.shape[-1])
+        mask = None if mask is None else mask.reshape(grid.shape)
+        fire, z, states = carried_gate(grid, state.threshold, mask, running, self.context.prompt_length)
+        return fire.reshape(norm.shape), z.reshape(norm.shape), states
+
     # ---------------------------------------------------------------- module housekeeping
 
     # Inference tensors could not be saved for a later backward pass, and would recompile a compiled forward.
@@ -222,6 +279,9 @@ class HookLinear(nn.Module):
         U = delta.U
         if U is not None:
             U = U.clone() if U.is_inference() else U.detach()
+            if U.shape[1] < self.reserve:
+                B = nn.functional.pad(B, (0, 0, 0, self.reserve - B.shape[0]))
+                U = nn.functional.pad(U, (0, self.reserve - U.shape[1]))
         sketch = None
         if self.gate == "calibrated" and self.miss_probability is not None and B.device.type != "meta":
             sketch = make_sketch(B, self.miss_probability)
@@ -240,13 +300,20 @@ class HookLinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HookLinear:
         """`.to()`, `.half()`, `.cuda()`: the serving copy follows the base, the threshold stays precise."""
         super()._apply(fn, recurse)
-        state = self._state
+        state = self.served.state
         delta = LowRankDelta(None if state.U is None else fn(state.U), fn(state.B))
-        self._state = self._make_state(delta, float(state.threshold), state.moments)
+        moved = self._make_state(delta, float(state.threshold), state.moments)
+        self._versions.replace(self._position, lambda served: replace(served, state=moved))
         return self
 
     def extra_repr(self) -> str:
-        return f"gate={self.gate!r}, mode={self._mode!r}, delta={self.delta!r}"
+        return f"gate={self.gate!r}, mode={self.mode!r}, delta={self.delta!r}"
+
+
+def check_mode(mode: str) -> None:
+    """ValueError unless `mode` is one of MODES."""
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
 
 
 def _is_conv1d(base: nn.Module) -> bool:

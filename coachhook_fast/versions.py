@@ -1,0 +1,72 @@
+"""Versions: what the hooks of one model serve, as one value that is replaced whole.
+
+A forward pass pins the version that is current when it begins, for its own thread, and every hook reads the pinned
+one; publishing another is one assignment. So a pass sees one whole edit set however many threads publish meanwhile, and
+neither side ever waits for the other. Compiled code reads the same attributes: they become inputs of its graph, so a
+new version of the same shapes recompiles nothing (see `HookLinear.reserve`).
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, TypeVar
+
+Entry = TypeVar("Entry")
+
+
+class _Pass(threading.local):
+    """The pass that runs in this thread: how deeply passes are nested, and the entries they see."""
+
+    def __init__(self) -> None:
+        self.depth = 0
+        self.entries: Any = None
+
+
+class Versions(Generic[Entry]):
+    """An immutable tuple of entries, one a hook."""
+
+    def __init__(self, entries: Sequence[Entry]) -> None:
+        self._published = tuple(entries)
+        self._pass = _Pass()
+        self._lock = threading.Lock()
+
+    def current(self) -> tuple[Entry, ...]:
+        """The entries pinned by this thread's pass, else the published ones."""
+        pinned = self._pass.entries
+        return self._published if pinned is None else pinned
+
+    def published(self) -> tuple[Entry, ...]:
+        return self._published
+
+    def publish(self, entries: Sequence[Entry]) -> None:
+        """Later passes see `entries`; those under way go on with what they have."""
+        with self._lock:
+            self._published = tuple(entries)
+
+    def replace(self, position: int, change: Callable[[Entry], Entry]) -> None:
+        """Publishes the current entries with one of them changed."""
+        with self._lock:
+            entries = list(self._published)
+            entries[position] = change(entries[position])
+            self._published = tuple(entries)
+
+    def pin(self) -> None:
+        """A pass begins in this thread; one within another sees what the outer one sees."""
+        if self._pass.depth == 0:
+            self._pass.entries = self._published
+        self._pass.depth += 1
+
+    def unpin(self) -> None:
+        """The pass has ended, by an error too."""
+        if self._pass.depth > 0:
+            self._pass.depth -= 1
+        if self._pass.depth == 0:
+            self._pass.entries = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Versions[Entry]:
+        return Versions(copy.deepcopy(self._published, memo))
+
+    def __reduce__(self) -> Any:
+        return Versions, (self._published,)
