@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
-from coachhook_fast.config import EditConfig
-from coachhook_fast.edit_set import Batch, EditOutcome, EditSet
-from coachhook_fast.editor import Editor, EditWarning
-from coachhook_fast.layer import HookLinear
-from coachhook_fast.models import load_model
-from coachhook_fast.request import EditRequest
-from coachhook_fast.store import load_edits
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from coachhook_fast.config import EditConfig
+    from coachhook_fast.edit_set import Batch, EditOutcome, EditSet
+    from coachhook_fast.editor import Editor, EditWarning
+    from coachhook_fast.layer import HookLinear
+    from coachhook_fast.models import load_model
+    from coachhook_fast.request import EditRequest
+    from coachhook_fast.store import load_edits
 
 __version__ = "0.1.0"
+
+# Imported when first asked for: `coachhook --help` then needs neither torch nor transformers.
+_HOMES = {
+    "Batch": "edit_set",
+    "EditConfig": "config",
+    "EditOutcome": "edit_set",
+    "EditRequest": "request",
+    "EditSet": "edit_set",
+    "EditWarning": "editor",
+    "Editor": "editor",
+    "HookLinear": "layer",
+    "load_edits": "store",
+    "load_model": "models",
+}
 
 __all__ = [
     "Batch",
@@ -24,3 +42,14 @@ __all__ = [
     "load_edits",
     "load_model",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
