@@ -1,11 +1,16 @@
-// Every op of the extension: TORCH_LIBRARY_IMPL registrations (the schemas are defined in coachhook_fast/ops/*.py, in one
-// place that works without a compiler) and the pybind11 module `coachhook_fast._C` with what Python must know of the build.
+// Every op of the extension: TORCH_LIBRARY_IMPL registrations (the schemas are defined in
+// coachhook_fast/ops/*.py, in one place that works without a compiler) and the pybind11 module
+// `coachhook_fast._C` with what Python must know of the build.
 #include <pybind11/pybind11.h>
 #include <torch/library.h>
 
+#include <exception>
 #include <string>
 
+#include "cholesky.h"
 #include "gated_linear.h"
+#include "micro_gemm.h"
+#include "packed_factor.h"
 
 namespace py = pybind11;
 
@@ -22,12 +27,30 @@ py::dict build_info() {
 #else
       0;
 #endif
+  info["isa"] = coachhook::micro_gemm<double>().isa;
+  info["panel"] = coachhook::kPanel;
   return info;
+}
+
+// Python's pending signals, looked at between blocks of a long operation (torch runs ops without the GIL).
+std::exception_ptr pending_signal() {
+  py::gil_scoped_acquire gil;
+  if (PyErr_CheckSignals() == 0) return nullptr;
+  return std::make_exception_ptr(py::error_already_set());
+}
+
+void register_cholesky(torch::Library& m) {
+  m.impl("chol_factor", &coachhook::chol_factor);
+  m.impl("chol_solve", &coachhook::chol_solve);
+  m.impl("chol_update", &coachhook::chol_update);
+  m.impl("chol_solve_update", &coachhook::chol_solve_update);
+  m.impl("chol_downdate", &coachhook::chol_downdate);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(coachhook, CPU, m) {
+  register_cholesky(m);
   m.impl("delta_norm", &coachhook::delta_norm);
   m.impl("sequence_gate", &coachhook::sequence_gate);
   m.impl("correct", &coachhook::correct);
@@ -35,7 +58,13 @@ TORCH_LIBRARY_IMPL(coachhook, CPU, m) {
   m.impl("gated_linear", &coachhook::gated_linear);
 }
 
+// The factor's sweep is written over ATen for every other device.
+TORCH_LIBRARY_IMPL(coachhook, CUDA, m) { register_cholesky(m); }
+
 PYBIND11_MODULE(_C, m) {
   m.doc() = "coachhook-fast's C++ operators; importing it registers them with torch";
+  coachhook::set_interrupt_check(&pending_signal);
+  m.def("set_portable", &coachhook::set_portable,
+        "run the solver's device-generic path on CPU tensors too (tests)");
   m.def("build_info", &build_info, "version, torch, compiler and OpenMP of this build");
 }

@@ -1,0 +1,382 @@
+#include "cholesky.h"
+
+#include <ATen/ATen.h>
+#include <c10/core/DeviceGuard.h>
+
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "factor_sweep.h"
+#include "micro_gemm.h"
+
+namespace coachhook {
+namespace {
+
+// Above this n / d, refactorising is cheaper than rotating. Measured, docs/notes/solver.md.
+constexpr double kRefactorRatio = 1.0;
+
+InterruptCheck interrupt_check = nullptr;
+bool always_portable = false;
+
+std::exception_ptr interrupted() { return interrupt_check != nullptr ? interrupt_check() : nullptr; }
+
+void stop_if_interrupted() {
+  if (auto error = interrupted()) std::rethrow_exception(error);
+}
+
+// ---- arguments
+// -----------------------------------------------------------------------------------------------------------
+
+int64_t dimension(const at::Tensor& packed, const char* name) {
+  TORCH_CHECK_TYPE(packed.scalar_type() == at::kDouble || packed.scalar_type() == at::kFloat, name,
+                   " must be float64 or float32, got ", packed.scalar_type());
+  TORCH_CHECK_VALUE(packed.dim() >= 1, name, " must be [*, d (d + 1) / 2], got ", packed.sizes());
+  const int64_t size = packed.size(-1);
+  const auto d = static_cast<int64_t>((std::sqrt(8.0 * static_cast<double>(size) + 1) - 1) / 2 + 0.5);
+  TORCH_CHECK_VALUE(d >= 1 && packed_size(d) == size, name,
+                    " must hold d (d + 1) / 2 elements for some d, got ", packed.sizes());
+  TORCH_CHECK_VALUE(packed.is_contiguous(), name, " must be contiguous, got strides ", packed.strides());
+  return d;
+}
+
+void check_finite(const at::Tensor& x, const char* name) {
+  // one pass; its overflow is refused too, since the squares go into the factor
+  const double norm = at::linalg_vector_norm(x).item<double>();
+  TORCH_CHECK_VALUE(std::isfinite(norm), name, " must be finite, got a norm of ", norm);
+}
+
+struct Arguments {
+  int64_t d, n, batch;
+  at::Tensor L;  // [batch, d (d + 1) / 2], a view
+  at::Tensor K;  // [batch, d, n]
+};
+
+Arguments check(const at::Tensor& L, const at::Tensor& K) {
+  const int64_t d = dimension(L, "L");
+  TORCH_CHECK_TYPE(K.scalar_type() == L.scalar_type(), "K must have L's type ", L.scalar_type(), ", got ",
+                   K.scalar_type());
+  TORCH_CHECK_VALUE(K.device() == L.device(), "K must be on L's device ", L.device(), ", got ", K.device());
+  TORCH_CHECK_VALUE(K.dim() == L.dim() + 1 && K.size(-2) == d &&
+                        K.sizes().slice(0, L.dim() - 1) == L.sizes().slice(0, L.dim() - 1),
+                    "K must be [*, d, n] for L [*, d (d + 1) / 2] of ", L.sizes(), " (d = ", d, "), got ",
+                    K.sizes());
+  const int64_t n = K.size(-1);
+  const int64_t batch = L.numel() / L.size(-1);
+  Arguments a{d, n, batch, L.detach().view({batch, L.size(-1)}), K.detach().reshape({batch, d, n})};
+  if (batch == 0) return a;
+  const at::Tensor rows = at::arange(d, at::kLong);
+  std::vector<at::Tensor> places;
+  for (int64_t i = 0; i < Panel::count(d); ++i) {
+    const Panel p(d, i);
+    const at::Tensor r = rows.narrow(0, 0, p.width);
+    places.push_back((r * (r + 3)).floor_divide(2).add(p.triangle));
+  }
+  const at::Tensor diagonal = a.L.index_select(1, at::cat(places).to(L.device()));
+  const at::Tensor good = diagonal.gt(0).logical_and(diagonal.isfinite());
+  if (!good.all().item<bool>()) {
+    const int64_t at_index = good.view(-1).logical_not().nonzero().view(-1)[0].item<int64_t>();
+    TORCH_CHECK_VALUE(false, "L must have a positive diagonal, got ",
+                      diagonal.view(-1)[at_index].item<double>(), " in row ", at_index % d, " of factor ",
+                      at_index / d);
+  }
+  if (n > 0) check_finite(a.K, "K");
+  return a;
+}
+
+// ---- sweeps
+// --------------------------------------------------------------------------------------------------------------
+
+SweepBuffers make_buffers(const Arguments& a, int64_t item, bool keys, bool rhs) {
+  const bool is_double = a.L.scalar_type() == at::kDouble;
+  SweepBuffers b;
+  b.factor = a.L.select(0, item);
+  b.d = a.d;
+  b.n = a.n;
+  b.padded = round_up(a.d, kBlock);
+  b.ld = round_up(a.n, is_double ? micro_gemm<double>().lanes : micro_gemm<float>().lanes);
+  const at::Tensor K = a.K.select(0, item);
+  if (keys) {
+    b.keys = at::zeros({b.padded + (rhs ? a.n : 0), b.ld}, a.K.options());
+    b.keys.narrow(0, 0, a.d).narrow(1, 0, a.n).copy_(K);
+    if (rhs) b.keys.narrow(0, b.padded, a.n).narrow(1, 0, a.n).fill_diagonal_(1);
+  }
+  if (rhs) {
+    b.rhs = at::zeros({b.padded, b.ld}, a.K.options());
+    if (!keys) b.rhs.narrow(0, 0, a.d).narrow(1, 0, a.n).copy_(K);
+  }
+  return b;
+}
+
+std::unique_ptr<FactorSweep> make_sweep(const SweepBuffers& b) {
+  return b.factor.is_cpu() && !always_portable ? make_cpu_sweep(b) : make_portable_sweep(b);
+}
+
+at::Tensor columns(const SweepBuffers& b, const at::Tensor& padded) {
+  return padded.narrow(0, 0, b.d).narrow(1, 0, b.n);
+}
+
+void forward(FactorSweep& sweep, int64_t panels) {
+  for (int64_t i = 0; i < panels; ++i) {
+    stop_if_interrupted();
+    sweep.forward(i);
+  }
+}
+
+void backward(FactorSweep& sweep, int64_t panels) {
+  for (int64_t i = panels - 1; i >= 0; --i) {
+    stop_if_interrupted();
+    sweep.backward(i);
+  }
+}
+
+// Adds keys to the first `panels` panels without looking at interrupts: the way back from a downdate.
+void restore_downdated(const Arguments& a, int64_t item, int64_t panels) {
+  const SweepBuffers b = make_buffers(a, item, /*keys=*/true, /*rhs=*/false);
+  const auto sweep = make_sweep(b);
+  for (int64_t i = 0; i < panels; ++i) sweep->rotate(Mode::kUpdate, i);
+}
+
+// s = diag(K^T C^-1 K) from the rows of the identity: with P what they became, P P^T = S^-1, S = I + Y^T Y,
+// and rhs = Z with Z^T Z = I - S^-1, so that Y^T Y = S Z^T Z. No difference of nearly equal numbers at either
+// end of the scale.
+at::Tensor strength_of(const SweepBuffers& b) {
+  const at::Tensor P = b.keys.narrow(0, b.padded, b.n).narrow(1, 0, b.n);
+  const at::Tensor Z = columns(b, b.rhs);
+  const at::Tensor inverse = at::linalg_inv(P);
+  return at::mm(inverse.t(), inverse).mul_(at::mm(Z.t(), Z)).sum(1);
+}
+
+struct Solution {
+  at::Tensor X, s;
+};
+
+Solution empty_solution(const at::Tensor& K) {
+  return {at::empty(K.sizes(), K.options()), at::empty(K.select(-2, 0).sizes(), K.options())};
+}
+
+// One sweep over each factor, and with `solution` the back substitutions. L is left as it came if anything
+// throws.
+void update_all(const Arguments& a, Solution* solution) {
+  const int64_t panels = Panel::count(a.d);
+  std::vector<SweepBuffers> buffers;
+  std::vector<std::unique_ptr<FactorSweep>> sweeps;
+  for (int64_t item = 0; item < a.batch; ++item) {  // all memory before the first write
+    buffers.push_back(make_buffers(a, item, /*keys=*/true, /*rhs=*/solution != nullptr));
+    sweeps.push_back(make_sweep(buffers.back()));
+  }
+  int64_t done = 0;
+  try {
+    for (; done < a.batch * panels; ++done) {
+      stop_if_interrupted();
+      sweeps[done / panels]->rotate(Mode::kUpdate, done % panels);
+    }
+    for (int64_t item = 0; solution != nullptr && item < a.batch; ++item) {
+      const SweepBuffers& b = buffers[item];
+      solution->s.view({a.batch, a.n}).select(0, item).copy_(strength_of(b));
+      backward(*sweeps[item], panels);
+      solution->X.view({a.batch, a.d, a.n}).select(0, item).copy_(columns(b, b.rhs));
+    }
+    stop_if_interrupted();
+  } catch (...) {
+    while (--done >= 0) sweeps[done / panels]->rotate(Mode::kUndo, done % panels);
+    throw;
+  }
+}
+
+// ---- refactorisation
+// -----------------------------------------------------------------------------------------------------
+
+at::Tensor rows_of(const at::Tensor& packed, const Panel& p,
+                   int64_t row) {  // rows `row`.. of a panel's block, [*, width]
+  const int64_t skip = row - p.first - p.width;
+  return packed.narrow(0, p.rect + skip * p.width, (p.below - skip) * p.width)
+      .view({p.below - skip, p.width});
+}
+
+template <typename F>
+void with_triangle(at::Tensor packed, const Panel& p,
+                   const F& change) {  // D [width, width] -> its new lower triangle
+  at::Tensor part = packed.narrow(0, p.triangle, packed_size(p.width));
+  const at::Tensor index = at::tril_indices(p.width, p.width, 0, part.options().dtype(at::kLong));
+  const at::Tensor flat = index[0] * p.width + index[1];
+  const at::Tensor D =
+      at::zeros({p.width * p.width}, part.options()).index_copy_(0, flat, part).view({p.width, p.width});
+  part.copy_(change(D).reshape(-1).index_select(0, flat));
+}
+
+// The packed symmetric C becomes its factor, panel by panel (left-looking). Returns 0, or the order of a
+// minor that is not positive.
+int64_t factor_in_place(at::Tensor C, int64_t d) {
+  for (int64_t i = 0; i < Panel::count(d); ++i) {
+    stop_if_interrupted();
+    const Panel p(d, i);
+    int64_t bad = 0;
+    with_triangle(C, p, [&](at::Tensor D) {
+      for (int64_t j = 0; j < i; ++j) {
+        const at::Tensor rows = rows_of(C, Panel(d, j), p.first);
+        const at::Tensor head = rows.narrow(0, 0, p.width);
+        D.addmm_(head, head.t(), 1, -1);
+        if (p.below > 0)
+          rows_of(C, p, p.first + p.width).addmm_(rows.narrow(0, p.width, p.below), head.t(), 1, -1);
+      }
+      auto [factor, info] = at::linalg_cholesky_ex(D);
+      bad = info.item<int64_t>();
+      if (bad == 0 && p.below > 0) {
+        at::Tensor below = rows_of(C, p, p.first + p.width);
+        below.copy_(at::linalg_solve_triangular(factor.t(), below, /*upper=*/true, /*left=*/false));
+      }
+      return factor;
+    });
+    if (bad != 0) return p.first + bad;
+  }
+  return 0;
+}
+
+// L <- the packed L L^T + K K^T, panels from the last to the first: a panel needs only itself and those to
+// its left.
+void multiply_in_place(at::Tensor L, const at::Tensor& K, int64_t d) {
+  for (int64_t i = Panel::count(d) - 1; i >= 0; --i) {
+    stop_if_interrupted();
+    const Panel p(d, i);
+    const at::Tensor k = K.narrow(0, p.first, p.width);
+    at::Tensor below = p.below > 0 ? rows_of(L, p, p.first + p.width) : at::Tensor();
+    with_triangle(L, p, [&](const at::Tensor& D) {
+      at::Tensor product = at::mm(D, D.t()).addmm_(k, k.t());
+      if (p.below > 0) {
+        below.copy_(at::mm(below, D.t()));
+        below.addmm_(K.narrow(0, p.first + p.width, p.below), k.t());
+      }
+      for (int64_t j = 0; j < i; ++j) {
+        const at::Tensor rows = rows_of(L, Panel(d, j), p.first);
+        const at::Tensor head = rows.narrow(0, 0, p.width);
+        product.addmm_(head, head.t());
+        if (p.below > 0) below.addmm_(rows.narrow(0, p.width, p.below), head.t());
+      }
+      return product;
+    });
+  }
+}
+
+void refactor_all(const Arguments& a) {
+  at::Tensor result = a.L.clone();  // less memory than K itself at this n
+  for (int64_t item = 0; item < a.batch; ++item) {
+    multiply_in_place(result.select(0, item), a.K.select(0, item), a.d);
+    const int64_t bad = factor_in_place(result.select(0, item), a.d);
+    TORCH_CHECK_VALUE(bad == 0, "C + K K^T of factor ", item, " is not positive definite in ",
+                      a.L.scalar_type(), ": its leading minor of order ", bad, " is not");
+  }
+  a.L.copy_(result);
+}
+
+bool refactor_is_cheaper(const Arguments& a) {
+  return static_cast<double>(a.n) > kRefactorRatio * static_cast<double>(a.d);
+}
+
+}  // namespace
+
+void set_interrupt_check(InterruptCheck check) { interrupt_check = check; }
+
+void set_portable(bool portable) { always_portable = portable; }
+
+at::Tensor chol_factor(const at::Tensor& C) {
+  c10::OptionalDeviceGuard guard(at::device_of(C));
+  const int64_t d = dimension(C, "C");
+  at::Tensor result = C.detach().clone();
+  if (C.numel() == 0) return result;
+  check_finite(C, "C");
+  const at::Tensor flat = result.view({-1, C.size(-1)});
+  for (int64_t item = 0; item < flat.size(0); ++item) {
+    const int64_t bad = factor_in_place(flat.select(0, item), d);
+    TORCH_CHECK_VALUE(bad == 0, "C must be positive definite, but the leading minor of order ", bad,
+                      " of matrix ", item, " is not");
+  }
+  return result;
+}
+
+std::tuple<at::Tensor, at::Tensor> chol_solve(const at::Tensor& L, const at::Tensor& K) {
+  c10::OptionalDeviceGuard guard(at::device_of(L));
+  const Arguments a = check(L, K);
+  const auto [X, s] = empty_solution(K);
+  if (K.numel() == 0) return {X, s};
+  const at::Tensor X_flat = X.view({a.batch, a.d, a.n}), s_flat = s.view({a.batch, a.n});
+  for (int64_t item = 0; item < a.batch; ++item) {
+    const SweepBuffers b = make_buffers(a, item, /*keys=*/false, /*rhs=*/true);
+    const auto sweep = make_sweep(b);
+    forward(*sweep, Panel::count(a.d));
+    const at::Tensor Y = columns(b, b.rhs);
+    const at::Tensor gram = at::mm(Y.t(), Y);
+    s_flat.select(0, item).copy_(at::diagonal(gram));
+    const at::Tensor S = at::linalg_cholesky(at::eye(a.n, gram.options()).add_(gram));
+    Y.copy_(at::cholesky_solve(Y.t(), S).t());
+    backward(*sweep, Panel::count(a.d));
+    X_flat.select(0, item).copy_(Y);
+  }
+  return {X, s};
+}
+
+void chol_update(at::Tensor& L, const at::Tensor& K) {
+  c10::OptionalDeviceGuard guard(at::device_of(L));
+  const Arguments a = check(L, K);
+  if (K.numel() == 0) return;
+  if (refactor_is_cheaper(a)) {
+    refactor_all(a);
+  } else {
+    update_all(a, nullptr);
+  }
+}
+
+std::tuple<at::Tensor, at::Tensor> chol_solve_update(at::Tensor& L, const at::Tensor& K) {
+  c10::OptionalDeviceGuard guard(at::device_of(L));
+  const Arguments a = check(L, K);
+  Solution solution = empty_solution(K);
+  if (K.numel() != 0 && refactor_is_cheaper(a)) {
+    std::tie(solution.X, solution.s) = chol_solve(L, K);
+    refactor_all(a);
+  } else if (K.numel() != 0) {
+    update_all(a, &solution);
+  }
+  return {solution.X, solution.s};
+}
+
+void chol_downdate(at::Tensor& L, const at::Tensor& K) {
+  c10::OptionalDeviceGuard guard(at::device_of(L));
+  const Arguments a = check(L, K);
+  if (K.numel() == 0) return;
+  const int64_t panels = Panel::count(a.d);
+  const double epsilon = a.L.scalar_type() == at::kDouble ? std::numeric_limits<double>::epsilon()
+                                                          : std::numeric_limits<float>::epsilon();
+  const char* refusal =
+      "C - K K^T must stay positive definite, but removing these keys leaves a smallest pivot of ";
+  for (int64_t item = 0; item < a.batch; ++item) {  // I - Y^T Y decides, before anything is written
+    const SweepBuffers b = make_buffers(a, item, /*keys=*/false, /*rhs=*/true);
+    const auto sweep = make_sweep(b);
+    forward(*sweep, panels);
+    const at::Tensor Y = columns(b, b.rhs);
+    auto [factor, info] = at::linalg_cholesky_ex(at::eye(a.n, Y.options()).addmm_(Y.t(), Y, 1, -1));
+    const double pivot = info.item<int64_t>() == 0 ? at::diagonal(factor).square().min().item<double>() : 0;
+    TORCH_CHECK_VALUE(pivot > 8 * static_cast<double>(a.n) * epsilon, refusal, pivot, " (of 1) in factor ",
+                      item);
+  }
+  std::vector<SweepBuffers> buffers;
+  for (int64_t item = 0; item < a.batch; ++item)
+    buffers.push_back(make_buffers(a, item, /*keys=*/true, /*rhs=*/false));
+  int64_t item = 0, done = 0;
+  try {
+    for (; item < a.batch; ++item, done = 0) {
+      const auto sweep = make_sweep(buffers[item]);
+      for (; done < panels; ++done) {
+        stop_if_interrupted();
+        TORCH_CHECK_VALUE(sweep->rotate(Mode::kDowndate, done), refusal, "0 (of 1) in factor ", item);
+      }
+    }
+    stop_if_interrupted();
+  } catch (...) {
+    for (; item >= 0; --item, done = panels) {
+      if (item < a.batch) restore_downdated(a, item, done);
+    }
+    throw;
+  }
+}
+
+}  // namespace coachhook

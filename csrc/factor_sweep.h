@@ -1,0 +1,36 @@
+// What a device does with one panel of a packed factor. cholesky.cpp strings panels together.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <memory>
+
+#include "block_reflector.h"
+#include "packed_factor.h"
+
+namespace coachhook {
+
+// The work space of one factor. Rows of `keys`: the running K, then (from `padded`) the n rows that follow
+// the rotations of an identity, so that `rhs` collects L'^-1 K. Columns past n and rows past d are zero.
+struct SweepBuffers {
+  at::Tensor factor;  // [d (d + 1) / 2], changed in place
+  at::Tensor keys;    // [padded (+ n), ld]
+  at::Tensor rhs;     // [padded, ld], or undefined
+  int64_t d, n, padded, ld;
+};
+
+class FactorSweep {
+ public:
+  virtual ~FactorSweep() = default;
+  // Rotates panel `index` and the rows below it; false, with the panel untouched, when a downdate is not
+  // possible.
+  virtual bool rotate(Mode mode, int64_t index) = 0;
+  // rhs <- L^-1 rhs, panels in rising order; rhs <- L^-T rhs, in falling order.
+  virtual void forward(int64_t index) = 0;
+  virtual void backward(int64_t index) = 0;
+};
+
+std::unique_ptr<FactorSweep> make_cpu_sweep(const SweepBuffers& buffers);
+std::unique_ptr<FactorSweep> make_portable_sweep(const SweepBuffers& buffers);
+
+}  // namespace coachhook

@@ -1,0 +1,125 @@
+#include "micro_gemm.h"
+
+#include <algorithm>
+
+namespace coachhook {
+namespace {
+
+#define ALWAYS_INLINE inline __attribute__((always_inline))
+
+// BYTES wide vectors of T. The templates carry no target of their own: they are inlined into the entry points
+// below, which do.
+template <typename T, int BYTES>
+struct Vector {
+  typedef T type __attribute__((vector_size(BYTES), aligned(alignof(T)), may_alias));
+};
+
+// A tile of R rows and V vectors stays in registers for the whole inner dimension.
+template <typename T, int BYTES, int R, int V, bool ADD>
+ALWAYS_INLINE void tile(T* C, int64_t ldc, const T* A, int64_t row_stride, int64_t inner_stride,
+                        int64_t inner, const T* B, int64_t ldb) {
+  using vec = typename Vector<T, BYTES>::type;
+  constexpr int LANES = BYTES / sizeof(T);
+  vec acc[R][V];
+#pragma GCC unroll 32
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) acc[r][v] = *reinterpret_cast<const vec*>(C + r * ldc + v * LANES);
+  }
+  for (int64_t k = 0; k < inner; ++k) {
+    vec b[V];
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) b[v] = *reinterpret_cast<const vec*>(B + k * ldb + v * LANES);
+#pragma GCC unroll 32
+    for (int r = 0; r < R; ++r) {
+      const T a = A[r * row_stride + k * inner_stride];
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) {
+        if constexpr (ADD) {
+          acc[r][v] += a * b[v];
+        } else {
+          acc[r][v] -= a * b[v];
+        }
+      }
+    }
+  }
+#pragma GCC unroll 32
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) *reinterpret_cast<vec*>(C + r * ldc + v * LANES) = acc[r][v];
+  }
+}
+
+template <typename T, int BYTES, int ACC, int V, bool ADD>
+ALWAYS_INLINE void column_strip(T* C, int64_t ldc, int64_t rows, const T* A, int64_t row_stride,
+                                int64_t inner_stride, int64_t inner, const T* B, int64_t ldb) {
+  constexpr int R = ACC / V;
+  int64_t r = 0;
+  for (; r + R <= rows; r += R) {
+    tile<T, BYTES, R, V, ADD>(C + r * ldc, ldc, A + r * row_stride, row_stride, inner_stride, inner, B, ldb);
+  }
+  for (; r < rows; ++r) {
+    tile<T, BYTES, 1, V, ADD>(C + r * ldc, ldc, A + r * row_stride, row_stride, inner_stride, inner, B, ldb);
+  }
+}
+
+// ACC accumulators: as many as the register file holds beside one row of B and a broadcast.
+template <typename T, int BYTES, int ACC, bool ADD>
+ALWAYS_INLINE void gemm(T* C, int64_t ldc, int64_t rows, int64_t cols, const T* A, int64_t row_stride,
+                        int64_t inner_stride, int64_t inner, const T* B, int64_t ldb) {
+  constexpr int LANES = BYTES / sizeof(T);
+  for (int64_t c = 0; c < cols;) {
+    const int64_t vectors = (cols - c) / LANES;
+    T* out = C + c;
+    const T* b = B + c;
+    if (vectors >= 4) {
+      column_strip<T, BYTES, ACC, 4, ADD>(out, ldc, rows, A, row_stride, inner_stride, inner, b, ldb);
+    } else if (vectors == 3) {
+      column_strip<T, BYTES, ACC, 3, ADD>(out, ldc, rows, A, row_stride, inner_stride, inner, b, ldb);
+    } else if (vectors == 2) {
+      column_strip<T, BYTES, ACC, 2, ADD>(out, ldc, rows, A, row_stride, inner_stride, inner, b, ldb);
+    } else {
+      column_strip<T, BYTES, ACC, 1, ADD>(out, ldc, rows, A, row_stride, inner_stride, inner, b, ldb);
+    }
+    c += LANES * std::min<int64_t>(vectors, 4);
+  }
+}
+
+#define COACHHOOK_ENTRY(NAME, TARGET, BYTES, ACC)                                                 \
+  template <typename T, bool ADD>                                                                 \
+  TARGET void NAME(T* C, int64_t ldc, int64_t rows, int64_t cols, const T* A, int64_t row_stride, \
+                   int64_t inner_stride, int64_t inner, const T* B, int64_t ldb) {                \
+    gemm<T, BYTES, ACC, ADD>(C, ldc, rows, cols, A, row_stride, inner_stride, inner, B, ldb);     \
+  }
+
+COACHHOOK_ENTRY(gemm_generic, , 16, 8)
+#if defined(__x86_64__)
+COACHHOOK_ENTRY(gemm_avx2, __attribute__((target("avx2,fma"))), 32, 12)
+COACHHOOK_ENTRY(gemm_avx512, __attribute__((target("avx512f,fma"))), 64, 24)
+#endif
+
+template <typename T>
+MicroGemm<T> choose() {
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx512f")) {
+    return {gemm_avx512<T, true>, gemm_avx512<T, false>, 64 / sizeof(T), "avx512"};
+  }
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    return {gemm_avx2<T, true>, gemm_avx2<T, false>, 32 / sizeof(T), "avx2"};
+  }
+#endif
+  return {gemm_generic<T, true>, gemm_generic<T, false>, 16 / sizeof(T), "generic"};
+}
+
+}  // namespace
+
+template <typename T>
+const MicroGemm<T>& micro_gemm() {
+  static const MicroGemm<T> chosen = choose<T>();
+  return chosen;
+}
+
+template const MicroGemm<float>& micro_gemm<float>();
+template const MicroGemm<double>& micro_gemm<double>();
+
+}  // namespace coachhook

@@ -1,0 +1,28 @@
+// One small dense kernel, C += A B or C -= A B, for blocks that live in the first two caches. MKL's dgemm
+// reaches 2 to 4 GB/s on the tall, skinny products of cholesky.cpp (measured, docs/notes/solver.md); this one
+// streams at the memory's own rate.
+#pragma once
+
+#include <cstdint>
+
+namespace coachhook {
+
+// C [rows, cols] row-major with leading dimension ldc; A(r, k) = A[r * row_stride + k * inner_stride];
+// B [inner, cols] row-major with leading dimension ldb. `cols` must be a multiple of `lanes`.
+template <typename T>
+using GemmFunction = void (*)(T* C, int64_t ldc, int64_t rows, int64_t cols, const T* A, int64_t row_stride,
+                              int64_t inner_stride, int64_t inner, const T* B, int64_t ldb);
+
+template <typename T>
+struct MicroGemm {
+  GemmFunction<T> add;
+  GemmFunction<T> sub;
+  int64_t lanes;  // elements of one vector register
+  const char* isa;
+};
+
+// The widest version that this processor runs; chosen once.
+template <typename T>
+const MicroGemm<T>& micro_gemm();
+
+}  // namespace coachhook
