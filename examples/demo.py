@@ -1,0 +1,123 @@
+"""The main job, from a bare machine: edit a real model in consecutive batches, save, and load in a new process.
+
+    make demo        (or: python examples/demo.py --help)
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+HERE = Path(__file__).resolve().parent
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2", help="hub name, folder, GGUF file, or smollm2 (default)")
+    parser.add_argument("--facts", type=Path, default=HERE / "facts.jsonl", help="records to edit")
+    parser.add_argument("--batch-size", type=int, default=4, help="edits a batch (default 4)")
+    parser.add_argument("--out", type=Path, default=Path("demo-out"), help="folder for the edit set")
+    parser.add_argument("--answers", action="store_true", help=argparse.SUPPRESS)  # the second process
+    arguments = parser.parse_args()
+    if arguments.answers:
+        return _answers_of_a_fresh_process(arguments)
+    return _demo(arguments)
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from coachhook_fast import Editor, load_model
+    from coachhook_fast.datasets import read_records
+    from coachhook_fast.evaluate import evaluate
+
+    console = Console()
+    started = time.monotonic()
+    console.print(f"[bold]Loading {arguments.model}[/] (the first time it is converted from GGUF)")
+    model, tokenizer = load_model(arguments.model)
+    records = read_records(arguments.facts)
+    before = _complete_all(model, tokenizer, records)
+    base_weights = {name: value.clone() for name, value in model.named_parameters()}
+
+    console.print("[bold]Key statistics[/] of the edited layers, over text that the model writes itself (cached)")
+    editor = Editor(model, tokenizer)
+    editor.collect_statistics()
+    size = arguments.batch_size
+    batches = [records[start : start + size] for start in range(0, len(records), size)]
+    for number, batch in enumerate(batches, start=1):
+        console.print(f"[bold]Batch {number} of {len(batches)}[/]: {len(batch)} edits")
+        editor.edit([record.request for record in batch])
+
+    after = _complete_all(model, tokenizer, records)
+    _show(console, records, before, after)
+    result = evaluate(model, tokenizer, records).summary()
+    scores = {name: result[name] for name in ("reliability", "generality", "locality", "generation")}
+    console.print("  ".join(f"[bold]{name}[/] {value:.3f}" for name, value in scores.items()))
+
+    names = {name.replace(".base_layer", ""): value for name, value in model.named_parameters()}
+    untouched = all(bool((names[name] == value).all()) for name, value in base_weights.items())
+    console.print(f"base weights untouched, bit for bit: [bold]{untouched}[/]")
+
+    editor.save_pretrained(arguments.out)
+    size_kib = sum(path.stat().st_size for path in arguments.out.iterdir()) / 1024
+    console.print(f"saved {editor.edit_set.num_edits} edits to {arguments.out} ({size_kib:,.0f} KiB)")
+    reloaded = _in_a_new_process(arguments)
+    same = reloaded == after
+    console.print(f"a new process with a fresh base model gives the same answers: [bold]{same}[/]")
+    console.print(f"{time.monotonic() - started:.0f} s in all")
+    return 0 if same and untouched else 1
+
+
+def _complete_all(model, tokenizer, records) -> list[list[str]]:  # type: ignore[no-untyped-def]
+    """Completions of each record's edit prompt, first paraphrase and first neighbour."""
+    from coachhook_fast.evaluate import complete
+
+    prompts = [
+        prompt
+        for record in records
+        for prompt in (record.request.text, record.rephrase_prompts[0], record.locality_prompts[0])
+    ]
+    texts = complete(model, tokenizer, prompts, max_new_tokens=5)
+    return [texts[start : start + 3] for start in range(0, len(texts), 3)]
+
+
+def _show(console: Console, records, before: list[list[str]], after: list[list[str]]) -> None:  # type: ignore[no-untyped-def]
+    table = Table("prompt", "before", "after", title="edit / paraphrase / neighbour", title_justify="left")
+    for record, old, new in zip(records, before, after, strict=True):
+        prompts = (record.request.text, record.rephrase_prompts[0], record.locality_prompts[0])
+        kinds = (f"edit -> {record.request.target_new}", "paraphrase", "neighbour")
+        for kind, prompt, first, second in zip(kinds, prompts, old, new, strict=True):
+            colour = "green" if record.request.target_new in second else "default"
+            if kind == "neighbour":
+                colour = "green" if first == second else "yellow"
+            table.add_row(f"[dim]{kind}:[/] {prompt}", first.strip(), f"[{colour}]{second.strip()}[/]")
+        table.add_section()
+    console.print(table)
+
+
+def _in_a_new_process(arguments: argparse.Namespace) -> list[list[str]]:
+    command = [
+        sys.executable, str(Path(__file__).resolve()), "--answers", "--model", arguments.model,
+        "--facts", str(arguments.facts), "--out", str(arguments.out),
+    ]  # fmt: skip
+    answered = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return list(json.loads(answered.stdout.splitlines()[-1]))
+
+
+def _answers_of_a_fresh_process(arguments: argparse.Namespace) -> int:
+    from coachhook_fast import load_edits, load_model
+    from coachhook_fast.datasets import read_records
+
+    model, tokenizer = load_model(arguments.model)
+    load_edits(model, arguments.out)
+    print(json.dumps(_complete_all(model, tokenizer, read_records(arguments.facts))))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
