@@ -1,0 +1,358 @@
+"""The command line, from a model folder to a rolled-back edit set: results on stdout, exit codes, one-line errors."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import tiny_facts, tiny_model, tiny_texts, tiny_tokenizer
+
+from coachhook_fast.cli import VERBS, main
+from coachhook_fast.cli.common import _layers, _value
+
+QUICK = ["--set", "v_num_grad_steps=3", "--set", "mom2_n_tokens=600", "--set", "threshold_keys=64", "--layers", "1,2"]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder, a fact file and an edit set of two batches."""
+    home = tmp_path_factory.mktemp("cli")
+    tiny_model("llama").save_pretrained(home / "model")
+    tiny_tokenizer().save_pretrained(home / "model")
+    neighbours = [f"{fact['subject']} is" for fact in tiny_facts(8, seed=1)]
+    lines = [
+        {**fact, "rephrase_prompts": [f"People say that {fact['subject']} is"], "locality_prompts": [neighbour]}
+        for fact, neighbour in zip(tiny_facts(6), neighbours, strict=False)
+    ]
+    (home / "facts.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COACHHOOK_CACHE", str(home / "cache"))
+        code = main(
+            ["edit", *model(home), *facts(home), *QUICK, "--batch-size", "2", "--limit", "4", *out(home, "edits")]
+        )
+    assert code == 0
+    return home
+
+
+@pytest.fixture(autouse=True)
+def cache(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COACHHOOK_CACHE", str(home / "cache"))
+
+
+def model(home: Path) -> list[str]:
+    return ["--model", str(home / "model"), "--device", "cpu"]
+
+
+def facts(home: Path) -> list[str]:
+    return ["--facts", str(home / "facts.jsonl")]
+
+
+def edits(home: Path) -> list[str]:
+    return ["--edits", str(home / "edits")]
+
+
+def out(home: Path, name: str) -> list[str]:
+    return ["--out", str(home / name)]
+
+
+def run_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
+    """What a command prints on stdout under --json, which must be JSON and nothing else."""
+    capsys.readouterr()
+    assert main([*arguments, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def run_text(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    capsys.readouterr()
+    assert main(arguments) == 0
+    return capsys.readouterr().out
+
+
+def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The error line of a command that must refuse its input."""
+    capsys.readouterr()
+    try:
+        code: Any = main(arguments)
+    except SystemExit as end:  # argparse leaves this way
+        code = end.code
+    captured = capsys.readouterr()
+    assert code == 2
+    assert captured.out == ""
+    assert "Traceback" not in captured.err
+    line = captured.err.strip().splitlines()[-1]
+    assert line.startswith(f"coachhook {arguments[0]}: error: ")
+    return line
+
+
+# -------------------------------------------------------------------- help
+
+
+def test_help_needs_no_heavy_import() -> None:
+    code = (
+        "import sys; from coachhook_fast.cli import build_parser; build_parser().format_help();"
+        "sys.exit(bool({'torch', 'transformers', 'rich', 'yaml'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("verb", [verb.NAME for verb in VERBS])
+def test_every_verb_has_help_with_examples(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([verb, "--help"])
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    assert "examples:" in text
+    assert f"coachhook {verb}" in text
+    assert "--json" in text
+
+
+def test_module_entry() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "coachhook_fast.cli", "--help"], capture_output=True, text=True, check=True
+    )
+    assert "coachhook VERB --help" in done.stdout
+
+
+# -------------------------------------------------------------------- the verbs
+
+
+def test_stats(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    corpus = home / "corpus.txt"
+    corpus.write_text("\n\n".join(tiny_texts()))
+    arguments = ["stats", *model(home), "--corpus", str(corpus), "--max-tokens", "800", "--layers", "1-2"]
+    data = run_json(capsys, *arguments)
+    assert [line["layer"] for line in data["layers"]] == [1, 2]
+    assert data["layers"][0]["key_dim"] == 45
+    assert "mean_square_norm" in data["layers"][0]
+    assert "keys of model" in run_text(capsys, *arguments)
+
+
+def test_edit_goes_on_where_it_stopped(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["edit", *model(home), *facts(home), *edits(home), "--batch-size", "2", *out(home, "longer")]
+    data = run_json(capsys, *arguments)
+    assert data["already_edited"] == 4
+    assert [batch["edits"] for batch in data["batches"]] == [2]
+    assert data["layers"] == [1, 2]  # the saved set's settings hold
+    assert data["config"]["v_num_grad_steps"] == 3
+    assert {"loss", "steps", "strength", "residual_left", "case_id", "subject"} <= set(data["edits"][0])
+    assert len(run_json(capsys, "log", "--edits", str(home / "longer"))["batches"]) == 3
+    again = ["edit", *model(home), *facts(home), "--edits", str(home / "longer")]
+    assert run_json(capsys, *again)["seconds_per_edit"] is None
+    assert "0 edits in 0 batches" in run_text(capsys, *again)
+
+
+def test_edit_with_the_sequence_gate_and_a_yaml_file(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (home / "hparams.yaml").write_text("alg_name: MEMIT\nlayers: [1]\nv_num_grad_steps: 2\nmom2_n_tokens: 600\n")
+    arguments = ["--config", str(home / "hparams.yaml"), "--gate", "sequence", "--set", "v_lr=1e-1", "--limit", "2"]
+    text = run_text(capsys, "edit", *model(home), *facts(home), *arguments, *out(home, "sequence"))
+    assert "2 edits in 1 batches" in text
+    config = run_json(capsys, "log", "--edits", str(home / "sequence"))["config"]
+    assert (config["gate"], config["layers"], config["v_lr"]) == ("sequence", [1], 0.1)
+
+
+def test_eval(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (home / "held-out.txt").write_text("The pilot of Lund met the baker of Oslo. " * 20)
+    files = ["--csv", str(home / "scores.csv"), "--markdown", str(home / "scores.md")]
+    arguments = ["eval", *model(home), *edits(home), *facts(home), "--limit", "4"]
+    text = ["--perplexity", str(home / "held-out.txt"), "--window", "32"]
+    data = run_json(capsys, *arguments, *files, *text, "--details")
+    assert {"reliability", "generality", "locality", "generation", "perplexity_ratio"} <= set(data)
+    assert len(data["records"]) == 4
+    assert (home / "scores.csv").read_text().count("\n") == 5
+    assert "| reliability |" in (home / "scores.md").read_text()
+    # The second run reads the base's answers from the cache.
+    (kept,) = (home / "cache" / "base-answers").glob("*.json")
+    before = kept.stat().st_mtime_ns, kept.read_text()
+    assert run_json(capsys, *arguments, *text)["locality"] == data["locality"]
+    assert kept.read_text() == before[1]
+    shown = run_text(capsys, *arguments, "--details", "--ungated", "--metrics", "accuracy,fluency")
+    assert "reliability" in shown
+    assert "fluency" in shown
+    assert "efficacy" not in shown
+
+
+def test_eval_of_the_base_model_is_local(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = run_json(capsys, "eval", *model(home), *facts(home), "--base", str(home / "base.json"))
+    assert data["locality"] == 1.0
+    assert (home / "base.json").is_file()
+
+
+def test_eval_passes_tasks_to_lm_eval(
+    home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from coachhook_fast.evaluate import harness
+
+    monkeypatch.setattr(harness, "run_tasks", lambda model, tokenizer, tasks: {task: {"acc": 0.5} for task in tasks})
+    arguments = ["eval", *model(home), *facts(home), "--limit", "1", "--metrics", "accuracy", "--tasks", "a,b"]
+    assert run_json(capsys, *arguments)["tasks"] == {"a": {"acc": 0.5}, "b": {"acc": 0.5}}
+    assert "acc" in run_text(capsys, *arguments)
+
+
+def test_generate(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = ["Ada Vale works as a", "The old market"]
+    data = run_json(capsys, "generate", *model(home), *edits(home), "--compare", "--max-new-tokens", "4", *prompts)
+    assert [line["prompt"] for line in data] == prompts
+    plain = run_json(capsys, "generate", *model(home), "--max-new-tokens", "4", *prompts)
+    assert [line["completion"] for line in plain] == [line["base_completion"] for line in data]
+    assert "Ada Vale works as a" in run_text(capsys, "generate", *model(home), *prompts)
+
+
+def test_inspect(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    subject = tiny_facts(1)[0]["subject"]
+    files = ["--html", str(home / "view.html")]
+    data = run_json(capsys, "inspect", *model(home), *edits(home), f"{subject} works as a", *files)
+    assert data["layers"] == [1, 2]
+    assert {"token", "id", "norm", "z", "fire"} == set(data["tokens"][0])
+    assert "<table>" in (home / "view.html").read_text()
+    assert "layer 2" in run_text(capsys, "inspect", *model(home), *edits(home), "Ada Vale")
+
+
+def test_log_and_rollback(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = run_json(capsys, "log", *edits(home))
+    first, second = (batch["id"] for batch in data["batches"])
+    assert data["batches"][0]["edits"][0]["subject"] == tiny_facts(1)[0]["subject"]
+    text = run_text(capsys, "log", *edits(home))
+    assert first in text
+    assert "4 edits of model" in text
+    assert tiny_facts(1)[0]["target_new"] in run_text(capsys, "log", *edits(home), "--facts")
+
+    arguments = ["rollback", *model(home), *edits(home), *out(home, "less"), first]
+    assert run_json(capsys, *arguments) == {
+        "removed": first,
+        "removed_edits": 2,
+        "batches": [second],
+        "out": str(home / "less"),
+    }
+    assert [batch["id"] for batch in run_json(capsys, "log", "--edits", str(home / "less"))["batches"]] == [second]
+    assert len(run_json(capsys, "log", *edits(home))["batches"]) == 2
+    assert "removed batch" in run_text(capsys, "rollback", *model(home), "--edits", str(home / "less"), second)
+
+
+# -------------------------------------------------------------------- bad input
+
+
+def test_argument_errors_are_one_line(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--model" in fails(capsys, "edit")
+    assert "must be an integer of at least 1, got '0'" in fails(capsys, "edit", "--batch-size", "0")
+    assert "invalid choice" in fails(capsys, "edit", "--gate", "none")
+    with pytest.raises(SystemExit) as end:
+        main(["frobnicate"])
+    assert end.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--set", "v_lr"], "--set must be KEY=VALUE, got 'v_lr'"),
+        (["--set", "v_lr=fast"], "v_lr must be a number, got 'fast'"),
+        (["--set", "speed=3"], r"unknown setting(s) ['speed']"),
+        (["--layers", "four"], "--layers must be block numbers such as 4,5,6 or 4-8, got 'four'"),
+        (["--layers", "2,1"], "layers must be ascending"),
+        (["--layers", "99"], "layers [99] are out of range: the model has blocks 0 to 4"),
+        (["--dtype", "float99"], "dtype must name a"),
+        (["--device", "warp"], "on device 'warp'"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["--facts", "nowhere.json"], "nowhere.json"),
+        (["--model", "nowhere"], "model 'nowhere'"),
+    ],
+)
+def test_bad_edit_arguments(
+    home: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    extra: list[str],
+    message: str,
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # no hub, so no retries
+    # Later arguments win, so that `extra` may replace the good ones.
+    assert message in fails(capsys, "edit", *model(home), *facts(home), *out(home, "never"), *extra)
+    assert not (home / "never").exists()
+
+
+def test_edit_never_overwrites_an_edit_set(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = fails(capsys, "edit", *model(home), *facts(home), *out(home, "edits"))
+    assert "holds an edit set already" in message
+    assert "--out DIR is needed" in fails(capsys, "edit", *model(home), *facts(home))
+    assert "is not a folder" in fails(capsys, "edit", *model(home), *facts(home), *out(home, "facts.jsonl"))
+    other_layers = fails(capsys, "edit", *model(home), *facts(home), *edits(home), "--layers", "3")
+    assert "were made with (1, 2)" in other_layers
+
+
+def test_invalid_facts_raise_or_are_counted(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good, bad = tiny_facts(2)
+    path = home / "mixed.jsonl"
+    path.write_text("\n".join(map(json.dumps, [good, {**bad, "target_new": ""}])))
+    arguments = ["eval", *model(home), "--facts", str(path), "--metrics", "accuracy"]
+    assert "record 1: EditRequest.target_new is empty" in fails(capsys, *arguments)
+    data = run_json(capsys, *arguments, "--skip-invalid")
+    assert (data["edits"], data["skipped"]) == (1, 1)
+    path.write_text(json.dumps({**bad, "target_new": ""}))
+    assert "holds no valid edit" in fails(capsys, *arguments, "--skip-invalid")
+
+
+def test_other_bad_input(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "holds no edit set" in fails(capsys, "log", "--edits", str(home))
+    assert "is not in the ledger" in fails(capsys, "rollback", *model(home), *edits(home), "nothing")
+    assert "PROMPT is empty" in fails(capsys, "generate", *model(home), " ")
+    assert "--ungated needs --edits" in fails(capsys, "eval", *model(home), *facts(home), "--ungated")
+    assert "['beauty']" in fails(capsys, "eval", *model(home), *facts(home), "--metrics", "beauty")
+    assert "NAME must be one of" in fails(capsys, "bench", "nothing")
+    tiny_model("llama", seed=1).save_pretrained(home / "stranger")
+    tiny_tokenizer().save_pretrained(home / "stranger")
+    strange = ["--model", str(home / "stranger")]
+    assert "another base model" in fails(capsys, "generate", *strange, *edits(home), "x")
+    assert "another base model" in fails(capsys, "edit", *strange, *facts(home), *edits(home))
+
+
+def test_ctrl_c_exits_130(home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    import coachhook_fast.store
+
+    def interrupt(_: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(coachhook_fast.store, "read_manifest", interrupt)
+    assert main(["log", *edits(home)]) == 130
+    assert capsys.readouterr().err == "coachhook log: interrupted\n"
+
+
+def test_values_and_layers() -> None:
+    assert _layers("4,5, 6") == (4, 5, 6)
+    assert _layers("1-3,7") == (1, 2, 3, 7)
+    assert [_value(text) for text in ("3", "1e-3", "0.5", "true", "null", "fpr", "[1, 2]")] == [
+        3,
+        1e-3,
+        0.5,
+        True,
+        None,
+        "fpr",
+        [1, 2],
+    ]
+
+
+# -------------------------------------------------------------------- bench
+
+
+def test_bench(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    import coachhook_fast.bench
+
+    row = {
+        "work": "solve",
+        "baseline": "lu",
+        "seconds": 0.5,
+        "baseline_seconds": 2.0,
+        "ratio": 4.0,
+        "floor_ratio": 1.5,
+        "checked": True,
+        "device": "cpu",
+        "dtype": "float64",
+        "shape": [6400, 10],
+    }
+    monkeypatch.setattr(coachhook_fast.bench, "BENCHMARKS", {"solve": lambda: [row]}, raising=False)
+    assert run_json(capsys, "bench", "solve") == [row]
+    assert run_json(capsys, "bench", "--list") == ["solve"]
+    assert "lu" in run_text(capsys, "bench", "solve")
+    assert "NAME must be one of solve" in fails(capsys, "bench")
