@@ -131,14 +131,14 @@ class _Rows:
         _, below = partial.run(padded.columns(0), until=last, outputs=[last])
         hidden = below.outputs[last]
         cache = PrefixCache.fill(partial, last, padded, hidden)
-        request, row, column, targets = torch.tensor(predictions, device=partial.device).unbind(1)
+        request, row_number, column, targets = torch.tensor(predictions, device=partial.device).unbind(1)
         return cls(
             tokens=padded,
             hidden=hidden[:, padded.lookup :],
             cache=cache,
             rows_each=len(batch[0].rows) + 1,
             request=request,
-            row=row,
+            row=row_number,
             column=column,
             targets=targets,
             weights=torch.tensor(weights, dtype=torch.float64, device=partial.device),
