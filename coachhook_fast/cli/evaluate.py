@@ -121,15 +121,16 @@ def _show(console: Console, evaluation: Evaluation, details: bool) -> None:
     from coachhook_fast.evaluate.result import AVERAGED, format_number
 
     if details:
-        shown = [name for name in AVERAGED if any(getattr(one, name) is not None for one in evaluation.records)]
+        columns = [*AVERAGED, "completion"]
+        shown = [name for name in columns if any(getattr(one, name) is not None for one in evaluation.records)]
         table = Table()
         table.add_column("subject", overflow="fold")
         for name in shown:
-            table.add_column(name.replace("_", "\n"), justify="right")
-        table.add_column("completion", overflow="fold")
+            table.add_column(name.replace("_", "\n"), justify="right", overflow="fold")
         for record in evaluation.records:
-            cells = [Text(format_number(getattr(record, name))) for name in shown]
-            table.add_row(Text(record.subject), *cells, Text(record.completion or ""))
+            values = [getattr(record, name) for name in shown]
+            cells = [value if isinstance(value, str) else format_number(value) for value in values]
+            table.add_row(Text(record.subject), *map(Text, cells))
         console.print(table)
     summary = Table(title=f"{len(evaluation.records)} edits", title_justify="left")
     summary.add_column("metric")

@@ -95,7 +95,7 @@ def score_pairs(
         for batch in _batches(rows, batch_tokens, model.config.get_text_config().vocab_size):
             for index, score in _score_batch(model, batch, pairs):
                 scores[index] = score
-                bar.advance(1)
+            bar.advance(sum(len(row.pairs) for row in batch))
     return [score for score in scores if score is not None]
 
 
