@@ -18,17 +18,17 @@ from torch import Tensor
 from coachhook_fast import EditConfig, Editor, EditRequest
 
 TOLERANCE = 1e-8
-BATCHES = ((0, 2), (2, 3), (3, 6))  # facts of each batch
-CORPUS_TEXTS = 16
+BATCHES = ((0, 2), (2, 3), (3, 5))  # facts of each batch
+CORPUS_TEXTS = 12
 
 # family, what differs from the defaults, tokenizer's BOS: Conv1D, biases and tied embeddings (GPT-2), no bias
 # (Llama), parallel residual with biases (NeoX), tied embeddings and biases (Qwen2), sliding window (Mistral)
 CASES = {
     "gpt2": ("gpt2", {"layers": (1, 2, 3)}, False),
-    "llama": ("llama", {"layers": (1, 2, 3)}, True),
-    "gpt_neox": ("gpt_neox", {"layers": (1, 2), "v_lr": 0.5, "clamp": 0.3}, False),
-    "qwen2": ("qwen2", {"layers": (0, 2), "rule": "fpr", "threshold_fpr": 0.05}, True),
-    "mistral": ("mistral", {"layers": (2,), "steps": 9, "loss_threshold": 4.85}, False),
+    "llama": ("llama", {"layers": (1, 2, 3), "seeds": ("The", "Because", "I")}, True),
+    "gpt_neox": ("gpt_neox", {"layers": (1, 2), "v_lr": 0.5, "clamp": 0.3, "seeds": ("Because", "You")}, False),
+    "qwen2": ("qwen2", {"layers": (0, 2), "rule": "fpr", "threshold_fpr": 0.1, "seeds": ("The",)}, True),
+    "mistral": ("mistral", {"layers": (2,), "steps": 7, "loss_threshold": 5.25, "seeds": ("The", "I")}, False),
 }
 
 
@@ -71,7 +71,7 @@ def settings_of(gate: str, changes: dict[str, Any]) -> Settings:
         "alpha": 2.2,
         "threshold_z": 2.0,
         "v_lr": 0.2,
-        "steps": 5,
+        "steps": 4,
     }
     return Settings(**{**defaults, **changes})
 
@@ -93,6 +93,8 @@ def config_of(settings: Settings) -> EditConfig:
         threshold_rule=settings.rule,
         threshold_z=settings.threshold_z,
         threshold_fpr=settings.threshold_fpr,
+        context_seeds=tuple(settings.seeds),
+        context_tokens=settings.context_tokens,
         threshold_keys=100_000,  # more than the corpus has: the sample is the corpus
         max_batch_tokens=700,  # several groups and chunks a batch
     )
@@ -150,8 +152,8 @@ def test_agrees_with_the_plain_implementation(case: str, gate: str, capsys: pyte
     with capsys.disabled():
         worst = ", ".join(f"{name} {error:.0e}" for name, error in errors.largest.items())
         print(f"\n  parity {case}/{gate}: largest {largest:.1e} ({worst}); {decisions} gate decisions")
-    assert min(steps) > 0
-    assert (len(set(steps)) > 1) == ("loss_threshold" in changes)  # there a request stops before the others
+    assert max(steps) > 0
+    assert (len(set(steps)) > 2) == ("loss_threshold" in changes)  # there requests stop at once or midway
     assert largest < TOLERANCE, errors.largest
 
 
