@@ -34,7 +34,7 @@ class EditConfig:
         clamp_norm_factor: bound on ||δ|| / ||v0||.
         kl_factor: weight of KL(p0 || pδ) at "{subject} is a".
         mom2_update_weight: λ of C = λ E[kkᵀ] + Σ KKᵀ; None takes `default_update_weight` (docs/notes/lambda.md).
-        mom2_n_tokens: token budget of the key statistics; None takes max(32 768, 20 d).
+        mom2_n_tokens: token budget of the key statistics; None takes 20 d, or 10 d of the model's own text.
         stats_sequence_length: tokens a packed row of the statistics pass, capped by the model's context.
         gate: "calibrated" or "sequence".
         alpha: the `sequence` gate's first threshold α; it never rises.
