@@ -1,0 +1,308 @@
+"""Editor: every family and dtype, all-or-nothing batches, undo, saving and going on."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import FAMILIES, tiny_facts, tiny_model, tiny_texts, tiny_tokenizer
+
+from coachhook_fast import EditConfig, Editor, EditRequest, EditWarning, HookLinear, load_edits
+from coachhook_fast.architectures import Layout
+from coachhook_fast.memory import KeyMemory
+
+CONFIG = EditConfig(
+    layers=(1, 2), v_num_grad_steps=6, v_lr=0.3, clamp_norm_factor=3.0, mom2_update_weight=5.0, context_tokens=3,
+    context_seeds=("The", "You"), threshold_keys=64, stats_sequence_length=48, threshold_z=2.0,
+)  # fmt: skip
+TEXT = "By trade, Clara Quill is a"
+
+
+def make(family: str = "llama", config: EditConfig = CONFIG, **options: Any) -> Editor:
+    editor = Editor(tiny_model(family, **options), tiny_tokenizer(), config)
+    editor.collect_statistics(tiny_texts(12), progress=False)
+    return editor
+
+
+def facts(n: int, seed: int = 0) -> list[EditRequest]:
+    return [EditRequest(**fact) for fact in tiny_facts(n, seed=seed)]
+
+
+def edit(editor: Editor, requests: list[EditRequest]) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", EditWarning)  # six steps on a random model: residuals may stay
+        return editor.edit(requests, progress=False)
+
+
+@torch.no_grad()
+def logits(model: Any, text: str = TEXT) -> torch.Tensor:
+    return model(torch.tensor([tiny_tokenizer()(text)["input_ids"]])).logits
+
+
+def snapshot(editor: Editor) -> list[torch.Tensor]:
+    return [
+        *(memory.matrix() for memory in editor.memories),
+        *(hook.get_delta_weight() for hook in editor.hooks),
+        *(torch.tensor(hook.threshold) for hook in editor.hooks),
+        logits(editor.model),
+    ]
+
+
+def assert_same(first: list[torch.Tensor], second: list[torch.Tensor]) -> None:
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_takes_edits(family: str) -> None:
+    # Strong edits on few layers, so that a random model's gate fires at the subjects.
+    editor = make(family, CONFIG.replace(mom2_update_weight=0.05, v_num_grad_steps=15, v_lr=0.5, threshold_z=1.0))
+    before = {name: value.clone() for name, value in editor.model.named_parameters()}
+    clean = logits(editor.model)
+    requests = facts(3)
+    rows = [request.tokenise(tiny_tokenizer(), ()).bare for request in requests]
+
+    def log_probability() -> float:
+        total = 0.0
+        for row in rows:
+            with torch.no_grad():
+                log_p = editor.model(torch.tensor([row.prompt + row.target])).logits[0].log_softmax(-1)
+            total += sum(float(log_p[len(row.prompt) - 1 + i, token]) for i, token in enumerate(row.target))
+        return total
+
+    old = log_probability()
+    batch = edit(editor, requests)
+    assert log_probability() > old + 3
+    assert all(len(outcome.strength) == 2 and min(outcome.strength) > 0 for outcome in batch.outcomes)
+    assert all(0 <= outcome.residual_left < 1 for outcome in batch.outcomes)
+    with editor.disabled():
+        assert torch.equal(logits(editor.model), clean)
+    for name, value in editor.model.named_parameters():
+        assert torch.equal(value, before[name])
+    model = editor.unload()
+    assert not any(isinstance(module, HookLinear) for module in model.modules())
+    assert torch.equal(logits(model), clean)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_every_dtype(family: str, dtype: torch.dtype) -> None:
+    editor = make(family, dtype=dtype)
+    clean = logits(editor.model)
+    edit(editor, facts(2))
+    assert editor.edit_set.deltas[0].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert editor.hooks[0].delta.dtype == dtype
+    after = logits(editor.model, facts(1)[0].text)
+    assert torch.isfinite(after).all()
+    with editor.disabled():
+        assert torch.equal(logits(editor.model), clean)
+
+
+def test_tied_embeddings_stay_tied() -> None:
+    editor = make("qwen2")
+    edit(editor, facts(2))
+    assert editor.model.get_input_embeddings().weight is editor.model.get_output_embeddings().weight
+
+
+def test_unknown_architectures_name_their_modules() -> None:
+    model = tiny_model("llama")
+    model.config.model_type = "novel"
+    with pytest.raises(ValueError, match=r"architecture 'novel' is not known .* layer_module_tmp='model.layers.\{\}'"):
+        Editor(model, tiny_tokenizer(), CONFIG)
+    templates = {"layer_module_tmp": "model.layers.{}", "rewrite_module_tmp": "model.layers.{}.mlp.down_proj"}
+    with pytest.raises(ValueError, match="rewrite_module_tmp must be a module path with one '{}'"):
+        Editor(model, tiny_tokenizer(), CONFIG.replace(layer_module_tmp="model.layers.{}"))
+    with pytest.raises(ValueError, match="rewrite_module_tmp 'model.layers.{}.mlp.nothing' names no module"):
+        Editor(
+            model, tiny_tokenizer(), CONFIG.replace(**{**templates, "rewrite_module_tmp": "model.layers.{}.mlp.nothing"})
+        )
+    editor = Editor(model, tiny_tokenizer(), CONFIG.replace(**templates))
+    editor.collect_statistics(tiny_texts(12), progress=False)
+    assert edit(editor, facts(2)).outcomes
+
+
+@pytest.mark.parametrize("gate", ["calibrated", "sequence"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize("where", ["solve", "late solve", "outputs"])
+def test_a_failed_batch_leaves_everything_as_it_was(
+    gate: str, error: type[BaseException], where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    editor = make(config=CONFIG.replace(gate=gate))
+    edit(editor, facts(2))
+    before, ledger = snapshot(editor), editor.ledger
+    if where == "outputs":
+        monkeypatch.setattr("coachhook_fast.keys.KeyCollector.final_outputs", _raising(error))
+    else:
+        failing = editor.memories[1 if where == "late solve" else 0]
+        monkeypatch.setattr(failing, "solve", _raising(error))
+    with pytest.raises(error):
+        edit(editor, facts(3, seed=1))
+    monkeypatch.undo()
+    assert_same(snapshot(editor), before)
+    assert editor.ledger == ledger
+    assert [hook.mode for hook in editor.hooks] == ["gated", "gated"]
+    edit(editor, facts(3, seed=1))
+    assert len(editor.ledger) == 2
+
+
+def _raising(error: type[BaseException]) -> Any:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise error
+
+    return fail
+
+
+def test_ctrl_c_during_the_commit_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    import signal
+
+    editor = make()
+    real = KeyMemory.update
+
+    def interrupted(self: KeyMemory, K: torch.Tensor) -> None:
+        signal.raise_signal(signal.SIGINT)
+        real(self, K)
+
+    monkeypatch.setattr(KeyMemory, "update", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        edit(editor, facts(2))
+    assert len(editor.ledger) == 1  # the batch went in whole before the interrupt took effect
+    assert editor.hooks[0].delta.rank > 0
+
+
+@pytest.mark.parametrize("gate", ["calibrated", "sequence"])
+def test_rolling_back_the_last_batch_gives_the_state_before_it(gate: str) -> None:
+    editor = make(config=CONFIG.replace(gate=gate))
+    edit(editor, facts(2))
+    before = snapshot(editor)
+    batch = edit(editor, facts(3, seed=1))
+    assert not torch.equal(snapshot(editor)[-1], before[-1]) or not torch.equal(snapshot(editor)[2], before[2])
+    editor.rollback(batch.id)
+    after = snapshot(editor)
+    for memory, wanted in zip(after[:2], before[:2], strict=True):
+        torch.testing.assert_close(memory, wanted, rtol=1e-9, atol=1e-9)
+    assert_same(after[2:], before[2:])
+    with pytest.raises(ValueError, match=f"batch_id '{batch.id}' is not in the ledger"):
+        editor.rollback(batch.id)
+
+
+def test_rolling_back_a_batch_in_the_middle_leaves_the_others() -> None:
+    editor = make()
+    batches = [edit(editor, facts(2, seed=seed)) for seed in (0, 1, 2)]
+    kept = [editor.edit_set.batches[0], editor.edit_set.batches[2]]
+    editor.rollback(batches[1].id)
+    for position, hook in enumerate(editor.hooks):
+        wanted = sum(b.layers[position].residuals @ b.layers[position].directions.T for b in kept)
+        torch.testing.assert_close(hook.get_delta_weight(), wanted, rtol=1e-4, atol=1e-5)
+    for batch in kept:
+        editor.rollback(batch.id)
+    with editor.disabled():
+        clean = logits(editor.model)
+    assert torch.equal(logits(editor.model), clean)
+    assert editor.hooks[0].delta.rank == 0
+
+
+@pytest.mark.parametrize("gate", ["calibrated", "sequence"])
+def test_saving_and_going_on_equals_never_having_stopped(gate: str, tmp_path: Path) -> None:
+    config = CONFIG.replace(gate=gate)
+    editor = make(config=config)
+    edit(editor, facts(2))
+    editor.save_pretrained(tmp_path)
+
+    fresh = load_edits(tiny_model("llama"), tmp_path)
+    assert torch.equal(logits(fresh), logits(editor.model))
+
+    resumed = Editor(tiny_model("llama"), tiny_tokenizer(), edits=tmp_path)
+    assert resumed.config == editor.config
+    resumed.collect_statistics(tiny_texts(12), progress=False)
+    edit(resumed, facts(2, seed=1))
+    edit(editor, facts(2, seed=1))
+    for one, other in zip(snapshot(resumed), snapshot(editor), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_an_edit_set_of_another_model_or_setting_is_refused(tmp_path: Path) -> None:
+    editor = make()
+    edit(editor, facts(2))
+    editor.save_pretrained(tmp_path)
+    other = tiny_model("llama", seed=9)
+    with pytest.raises(ValueError, match="edits belong to another base model"):
+        load_edits(other, tmp_path)
+    assert not hasattr(other, "coachhook")
+    with pytest.raises(ValueError, match="edits belong to another base model"):
+        Editor(other, tiny_tokenizer(), edits=tmp_path)
+    assert not any(isinstance(module, HookLinear) for module in other.modules())
+    with pytest.raises(ValueError, match="mom2_update_weight is 7.0, but the edits to go on from were made with 5.0"):
+        Editor(tiny_model("llama"), tiny_tokenizer(), CONFIG.replace(mom2_update_weight=7.0), edits=tmp_path)
+
+
+def test_bf16_serves_what_fp32_edited(tmp_path: Path) -> None:
+    editor = make()
+    edit(editor, facts(2))
+    editor.save_pretrained(tmp_path)
+    model = tiny_model("llama").to(torch.bfloat16)
+    load_edits(model, tmp_path)
+    assert model.coachhook.hooks[0].delta.dtype == torch.bfloat16
+
+
+class TestBadInput:
+    def test_layers_out_of_range(self) -> None:
+        model = tiny_model("llama")
+        with pytest.raises(ValueError, match=r"layers \[9\] are out of range: the model has blocks 0 to 4"):
+            Editor(model, tiny_tokenizer(), CONFIG.replace(layers=(1, 9)))
+        assert not hasattr(model, "coachhook")
+
+    def test_two_editors_on_one_model(self) -> None:
+        editor = make()
+        with pytest.raises(ValueError, match="already has hooks"):
+            Editor(editor.model, tiny_tokenizer(), CONFIG)
+
+    def test_statistics_of_another_model(self) -> None:
+        with pytest.raises(ValueError, match="statistics are of another model"):
+            make("gpt2").use_statistics(make().statistics)  # type: ignore[arg-type]
+
+    def test_covariance_that_is_not_positive_definite(self) -> None:
+        editor = make()
+        statistics = copy.deepcopy(editor.statistics)
+        assert statistics is not None
+        statistics.moments[1] -= 2 * torch.eye(editor.key_dim) * statistics.moments[1].abs().max()
+        memories = editor.memories
+        with pytest.raises(ValueError, match="positive definite"):
+            editor.use_statistics(statistics)
+        statistics.moments[1][:] = torch.nan
+        with pytest.raises(ValueError, match="finite"):
+            editor.use_statistics(statistics)
+        assert editor.memories is memories
+
+    def test_a_prompt_longer_than_the_context(self) -> None:
+        editor = make()
+        with pytest.raises(ValueError, match=r"requests\[0\].prompt takes \d+ tokens .* the model's context is 256"):
+            editor.edit([EditRequest("word " * 200 + "{} is a", "Ada", "baker")], progress=False)
+        assert editor.hooks[0].delta.rank == 0
+
+    def test_weak_edits_warn(self) -> None:
+        editor = make(config=CONFIG.replace(mom2_update_weight=1e7))
+        with pytest.warns(EditWarning, match=r"did not go in: \d+% of its residual is left"):
+            editor.edit(facts(1), progress=False)
+
+
+def test_config_refuses_what_it_does_not_know(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"unknown setting\(s\) \['v_learning_rate'\]"):
+        EditConfig.from_dict({"v_learning_rate": 1})
+    with pytest.raises(ValueError, match="layers must be ascending without repeats, got"):
+        EditConfig(layers=(3, 2))
+    with pytest.raises(TypeError, match="v_lr must be a number, got '0.5'"):
+        EditConfig(v_lr="0.5")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="gate must be one of"):
+        EditConfig(gate="soft")
+    file = tmp_path / "memit.yaml"
+    file.write_text("alg_name: MEMIT\nlayers: [3, 4]\nv_lr: 0.5\nclamp_norm_factor: 0.75\nmom2_n_samples: 100000\n")
+    assert EditConfig.from_yaml(file) == EditConfig(layers=(3, 4))
+
+
+def test_layouts_reach_every_block() -> None:
+    layout = Layout("model.layers.{}", "model.layers.{}.mlp.down_proj")
+    assert len(layout.blocks(tiny_model("llama"))) == 5
