@@ -1,0 +1,284 @@
+"""The CUDA key of the gated projection: which Triton kernels run for which shape. No host sync anywhere.
+
+fp64, and a machine without Triton, run the plain definition.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from coachhook_fast.ops._library import LIBRARY
+from coachhook_fast.reference import gated_linear as reference
+from coachhook_fast.reference.gated_linear import accumulator_dtype, sequence_rows
+
+GateOutput = tuple[Tensor, Tensor, Tensor]
+
+# The dispatch table: up to so many tokens, this way. Set from byte and flop counts (docs/notes/gated-linear.md), NOT
+# measured: no GPU was at hand. "decode": everything in one launch. "fused": base and ||Bk||^2 in one kernel, while
+# the bytes of W0 and not the arithmetic are the cost (an H100's balance in bf16 is about 295 tokens). "separate":
+# cuBLAS for the base, a second pass over the activations for the delta, which costs tokens * d elements.
+WAYS = ((64, "decode"), (256, "fused"), (float("inf"), "separate"))
+
+# In one launch, B is read as soon as one token is undecided; with 10 % undecided that is likelier than not from here on.
+TWO_STAGE_DECODE_TOKENS = 6
+
+
+def way(tokens: int) -> str:
+    """The dispatch table's answer for so many tokens."""
+    return next(name for limit, name in WAYS if tokens <= limit)
+
+
+def _on(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``[tokens, d]`` with contiguous columns, in the dtype of the delta."""
+    rows = x.reshape(-1, x.shape[-1]).to(dtype)
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
+def _flat(mask: Tensor | None) -> Tensor | None:
+    return None if mask is None else mask.to(torch.bool).reshape(-1).contiguous()
+
+
+def _correct_calibrated(
+    out: Tensor,  # [tokens, m], changed in place
+    x: Tensor,  # [tokens, d]
+    U: Tensor | None,
+    B: Tensor,
+    tau: Tensor,
+    mask: Tensor | None,  # [tokens]
+    sketched: bool,
+    c: Tensor | None,  # [tokens, r], not with a sketch
+    sums: Tensor,  # of the sketch, or of B
+) -> Tensor:  # fire [tokens]
+    from coachhook_fast.kernels import delta_norm as project_kernels
+    from coachhook_fast.kernels import gate as gate_kernels
+
+    fire, _ = gate_kernels.threshold(sums, tau, mask, first_stage=sketched)
+    assert fire is not None
+    places, listed, count = gate_kernels.list_fired(fire)
+    if sketched:
+        rows, undecided = listed, count
+        fire = torch.zeros_like(fire)
+        _, c, sums = project_kernels.project(x, B, rows=rows, count=undecided, store_c=U is not None)
+        entries, _ = gate_kernels.threshold(sums, tau, rows=rows, count=undecided, token_fire=fire)
+        assert entries is not None
+        places, listed, count = gate_kernels.list_fired(entries, rows)
+    if U is None:
+        gate_kernels.correct(out, x, B, listed, listed, count)
+    else:
+        assert c is not None
+        gate_kernels.correct(out, c, U, places, listed, count)
+    return fire
+
+
+def _correct_sequence(
+    out: Tensor,  # [tokens, m], changed in place
+    x: Tensor,  # [tokens, d]
+    shape: torch.Size,  # the tokens' own
+    U: Tensor | None,
+    B: Tensor,
+    alpha: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    state: Tensor | None,
+    c: Tensor | None,
+    sums: Tensor,
+) -> tuple[Tensor, Tensor]:  # fire [tokens], state [S, 3]
+    from coachhook_fast.kernels import gate as gate_kernels
+
+    _, norm = gate_kernels.threshold(sums, None, want_norm=True)
+    assert norm is not None
+    if cu_seqlens is None:
+        norm = norm.view(sequence_rows(shape, mask, state), -1)
+    state = None if state is None else state.to(torch.float32).contiguous()
+    fire, _, after = gate_kernels.sequence(norm, alpha, _flat(mask), cu_seqlens, state)
+    fire = fire.view(-1)
+    places, listed, count = gate_kernels.list_fired(fire)
+    src, a = (x, B) if U is None else (c, U)
+    assert src is not None
+    gate_kernels.correct(out, src, a, places, listed, count)
+    return fire, after
+
+
+def _delta(
+    out: Tensor | None,  # [tokens, m], changed in place; None: compute the base from `weight` too
+    x: Tensor,  # [..., d]
+    weight: Tensor | None,
+    bias: Tensor | None,
+    U: Tensor | None,
+    B: Tensor,
+    threshold: Tensor,
+    sketch: Tensor | None,
+    gate: str,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    state: Tensor | None,
+) -> GateOutput:  # out [tokens, m], fire [tokens], state
+    from coachhook_fast.kernels import delta_norm as project_kernels
+
+    rows = _rows(x, B.dtype)
+    sketch = sketch if gate == "calibrated" else None
+    base, c, sums = project_kernels.project(
+        rows,
+        B if sketch is None else sketch,
+        weight if out is None else None,
+        bias if out is None else None,
+        store_c=sketch is None and U is not None,
+    )
+    out = base if out is None else out
+    assert out is not None
+    if gate == "calibrated":
+        fire = _correct_calibrated(out, rows, U, B, threshold, _flat(mask), sketch is not None, c, sums)
+        after = torch.empty(0, 3, dtype=accumulator_dtype(B.dtype), device=x.device)
+    else:
+        fire, after = _correct_sequence(out, rows, x.shape[:-1], U, B, threshold, mask, cu_seqlens, state, c, sums)
+    return out, fire, after
+
+
+def _has_kernels(x: Tensor, B: Tensor) -> bool:
+    return x.numel() > 0 and B.dtype in (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _check_gate(gate: str) -> None:
+    if gate not in ("calibrated", "sequence"):
+        raise ValueError(f"gate must be 'calibrated' or 'sequence', got {gate!r}")
+
+
+def gated_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    U: Tensor | None,
+    B: Tensor,
+    threshold: Tensor,
+    sketch: Tensor | None = None,
+    gate: str = "calibrated",
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    state: Tensor | None = None,
+) -> GateOutput:
+    """``ops.gated_linear`` by the dispatch table."""
+    _check_gate(gate)
+    if not _has_kernels(x, B):
+        out = torch.nn.functional.linear(x, weight, bias)
+        return reference.gated_delta(out, x, U, B, threshold, gate, mask, cu_seqlens, state)
+    tokens = x.shape[:-1].numel()
+    chosen = way(tokens)
+    one_each = gate == "calibrated" or (cu_seqlens is None and sequence_rows(x.shape[:-1], mask, state) == tokens)
+    if chosen == "decode" and not one_each:
+        chosen = "fused"
+    shape = (*x.shape[:-1], weight.shape[0])
+    with _on(x):
+        if chosen == "decode":
+            from coachhook_fast.kernels import decode as decode_kernels
+
+            processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
+            out, fire, after = decode_kernels.decode(
+                _rows(x, B.dtype),
+                weight,
+                bias,
+                U,
+                B.contiguous(),
+                threshold,
+                sketch if gate == "calibrated" and tokens <= TWO_STAGE_DECODE_TOKENS else None,
+                sequence=gate == "sequence",
+                mask=_flat(mask),
+                state=None if state is None else state.to(torch.float32).contiguous(),
+                processors=processors,
+            )
+        else:
+            base = None
+            if chosen == "separate":
+                base = torch.nn.functional.linear(x, weight, bias).view(-1, shape[-1])
+            out, fire, after = _delta(base, x, weight, bias, U, B, threshold, sketch, gate, mask, cu_seqlens, state)
+    return out.view(shape), fire.view(x.shape[:-1]), after
+
+
+def gated_delta(
+    out: Tensor,
+    x: Tensor,
+    U: Tensor | None,
+    B: Tensor,
+    threshold: Tensor,
+    sketch: Tensor | None = None,
+    gate: str = "calibrated",
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    state: Tensor | None = None,
+) -> GateOutput:
+    """``ops.gated_delta``: the delta's kernels on a copy of the base's output."""
+    _check_gate(gate)
+    if not _has_kernels(x, B):
+        return reference.gated_delta(out, x, U, B, threshold, gate, mask, cu_seqlens, state)
+    result = out.clone(memory_format=torch.contiguous_format)
+    with _on(x):
+        rows = result.view(-1, result.shape[-1])
+        _, fire, after = _delta(rows, x, None, None, U, B, threshold, sketch, gate, mask, cu_seqlens, state)
+    return result, fire.view(x.shape[:-1]), after
+
+
+def delta_norm(x: Tensor, B: Tensor) -> Tensor:
+    """``ops.delta_norm``."""
+    if not _has_kernels(x, B):
+        return reference.delta_norm(x, B)
+    from coachhook_fast.kernels import delta_norm as project_kernels
+    from coachhook_fast.kernels import gate as gate_kernels
+
+    with _on(x):
+        _, _, sums = project_kernels.project(_rows(x, B.dtype), B)
+        _, norm = gate_kernels.threshold(sums, None, want_norm=True)
+    assert norm is not None
+    return norm.view(x.shape[:-1])
+
+
+def sequence_gate(
+    norm: Tensor,
+    alpha: Tensor,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    state: Tensor | None = None,
+) -> GateOutput:
+    """``ops.sequence_gate``."""
+    if norm.numel() == 0 or norm.dtype == torch.float64:
+        return reference.sequence_gate(norm, alpha, mask, cu_seqlens, state)
+    from coachhook_fast.kernels import gate as gate_kernels
+
+    with _on(norm):
+        values = norm.to(torch.float32).contiguous()
+        state = None if state is None else state.to(torch.float32).contiguous()
+        return gate_kernels.sequence(values, alpha, _flat(mask), cu_seqlens, state)
+
+
+def correct(out: Tensor, x: Tensor, U: Tensor | None, B: Tensor, fire: Tensor) -> Tensor:
+    """``ops.correct``."""
+    if not _has_kernels(x, B):
+        return reference.correct(out, x, U, B, fire)
+    from coachhook_fast.kernels import delta_norm as project_kernels
+    from coachhook_fast.kernels import gate as gate_kernels
+
+    result = out.clone(memory_format=torch.contiguous_format)
+    with _on(x):
+        rows = _rows(x, B.dtype)
+        listed, _, count = gate_kernels.list_fired(fire.to(torch.bool).reshape(-1).contiguous())
+        target = result.view(-1, result.shape[-1])
+        if U is None:
+            gate_kernels.correct(target, rows, B, listed, listed, count)
+        else:
+            _, c, _ = project_kernels.project(rows, B, rows=listed, count=count, store_c=True)
+            assert c is not None
+            entries = torch.arange(rows.shape[0], dtype=torch.int32, device=x.device)
+            gate_kernels.correct(target, c, U, entries, listed, count)
+    return result
+
+
+if importlib.util.find_spec("triton") is not None:
+    for _op in (gated_linear, gated_delta, delta_norm, sequence_gate, correct):
+        LIBRARY.impl(_op.__name__, _op, "CUDA")

@@ -1,0 +1,161 @@
+"""Every kernel compiled ahead of time for sm_80, sm_90 and sm_100: no spills, shared memory within the machine's.
+
+The compiler must not see TRITON_INTERPRET, so this file runs itself in another process and reads its JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+CAPABILITIES = (80, 90, 100)
+# Bytes of shared memory a block may ask for (CUDA programming guide, technical specifications).
+SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}
+
+
+def cases() -> list[dict[str, Any]]:
+    """Specialisations that the launchers ask for: kernel, dtype, constants, strides that are one.
+
+    bf16 in full; fp16 compiles to the same code with another instruction, fp32 has its own tile sizes.
+    """
+    import torch
+
+    from coachhook_fast.kernels import decode, delta_norm
+
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    entries: list[dict[str, Any]] = []
+
+    def add(kernel: str, dtype: str, ones: str, **constants: Any) -> None:
+        entries.append({"kernel": kernel, "dtype": dtype, "ones": ones.split(), "constants": constants})
+
+    for dtype, tokens, base in (
+        *(("bf16", tokens, base) for tokens in (16, 64, 2048) for base in (True, False)),
+        ("fp16", 2048, True),
+        ("fp32", 2048, True),
+    ):
+        config = delta_norm.blocks(dtypes[dtype], tokens)
+        flags = {"HAS_BIAS": base, "STORE_C": True, "LISTED": not base, "GROUP": 8}
+        add("delta_norm.project_kernel", dtype, "w_col p_col", **flags, **config)
+    for dtype, block in (("bf16", 16), ("bf16", 32), ("fp32", 32)):
+        config = {"BLOCK_T": block, "BLOCK_N": 64, "BLOCK_D": 32 if dtype == "fp32" else 64}
+        add("gate.correct_kernel", dtype, "a_col", CAST_X=dtype != "fp32", num_warps=4, num_stages=3, **config)
+    two_stage = {"FACTORED": True, "TWO_STAGE": True, "SEQUENCE": False, "HAS_MASK": False, "HAS_STATE": False}
+    sequence = {"FACTORED": True, "TWO_STAGE": False, "SEQUENCE": True, "HAS_MASK": True, "HAS_STATE": True}
+    dense = {"FACTORED": False, "TWO_STAGE": False, "SEQUENCE": False, "HAS_MASK": False, "HAS_STATE": False}
+    for dtype, tokens, flags in (
+        *(("bf16", tokens, flags) for tokens in (16, 32, 64) for flags in (two_stage, sequence)),
+        ("bf16", 16, dense),
+        ("fp16", 64, two_stage),
+        ("fp32", 32, two_stage),
+    ):
+        config = decode.blocks(dtypes[dtype], tokens)
+        flags = {"HAS_BIAS": True, "SPLIT": 4, "CAST_C": dtype != "fp32", **flags}
+        add("decode.decode_kernel", dtype, "w_col u_col", **flags, **config)
+    flags = {"DECIDE": True, "STORE_NORM": True, "HAS_MASK": True, "LISTED": True}
+    add("gate.threshold_kernel", "fp32", "", FIRST_STAGE=True, BLOCK=256, num_warps=4, **flags)
+    for packed in (True, False):
+        flags = {"HAS_MASK": True, "PACKED": packed, "HAS_STATE": True}
+        add("gate.sequence_kernel", "fp32", "", BLOCK=1024, num_warps=4, **flags)
+    add("gate.list_kernel", "fp32", "", MAPPED=True, BLOCK=1024, num_warps=4)
+    return entries
+
+
+# Types of the pointers; every other argument is a constant or an int32.
+VALUES = ("x", "w", "bias", "p", "out", "u", "b", "sketch", "a")
+FLOATS = ("c", "sums", "partial", "threshold", "tau", "norm", "alpha", "before", "after", "z", "src")
+INTEGERS = ("rows", "count", "places", "listed", "tokens_of", "bounds", "counters")
+BYTES = ("mask", "fire", "token_fire")
+
+
+def compile_case(case: dict[str, Any], capability: int) -> dict[str, Any]:
+    """Registers, spilled bytes and shared memory of one kernel on one machine."""
+    import importlib
+    import tempfile
+
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.compiler import get_ptxas
+    from triton.compiler import ASTSource
+
+    module, name = case["kernel"].split(".")
+    kernel = getattr(importlib.import_module(f"coachhook_fast.kernels.{module}"), name)
+    constants = {key: value for key, value in case["constants"].items() if key not in ("num_warps", "num_stages")}
+    constants.update(dict.fromkeys(case["ones"], 1))
+    signature, attributes = {}, {}
+    for position, argument in enumerate(kernel.arg_names):
+        if argument in constants:
+            signature[argument] = "constexpr"
+            continue
+        if argument in VALUES:
+            kind = f"*{case['dtype']}"
+        elif argument in FLOATS:
+            kind = "*fp32"
+        elif argument in INTEGERS:
+            kind = "*i32"
+        elif argument in BYTES:
+            kind = "*i8"
+        else:
+            kind = "i32"
+        signature[argument] = kind
+        if kind[0] == "*" or argument in ("d", "m", "x_row", "w_row", "p_row", "u_row", "a_row", "src_row"):
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, attributes)
+    options = {key: case["constants"][key] for key in ("num_warps", "num_stages") if key in case["constants"]}
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    with tempfile.TemporaryDirectory() as folder:
+        ptx = Path(folder) / "kernel.ptx"
+        ptx.write_text(compiled.asm["ptx"])
+        arch = f"sm_{capability}a" if capability >= 90 else f"sm_{capability}"
+        report = subprocess.run(
+            [get_ptxas(capability).path, "-v", f"--gpu-name={arch}", str(ptx), "-o", f"{folder}/kernel.cubin"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stderr
+    spills = sum(int(size) for size in re.findall(r"(\d+) bytes spill", report))
+    registers = max(int(number) for number in re.findall(r"Used (\d+) registers", report))
+    return {"spilled": spills, "registers": registers, "shared": compiled.metadata.shared}
+
+
+@pytest.fixture(scope="module")
+def reports() -> list[dict[str, Any]]:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    root = Path(__file__).resolve().parent.parent
+    # -P and no PYTHONPATH of the root: a top-level `kernels` would shadow transformers' package of that name.
+    done = subprocess.run(
+        [sys.executable, "-P", str(Path(__file__).resolve())],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=root.parent,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_nothing_spills(reports: list[dict[str, Any]]) -> None:
+    assert len(reports) > 50
+    assert [report for report in reports if report["spilled"]] == []
+
+
+def test_shared_memory_fits(reports: list[dict[str, Any]]) -> None:
+    assert [report for report in reports if report["shared"] > SHARED_LIMIT[report["capability"]]] == []
+
+
+if __name__ == "__main__":
+    results = []
+    for item in cases():
+        for cc in CAPABILITIES:
+            results.append({**item, "capability": cc, **compile_case(item, cc)})
+    print(json.dumps(results))

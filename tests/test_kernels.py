@@ -1,0 +1,194 @@
+"""The Triton kernels in the interpreter against the plain definition, through the dispatch that the GPU uses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from coachhook_fast.ops import gated_linear_cuda as cuda
+from coachhook_fast.reference import gated_linear as reference
+from coachhook_fast.sketch import make_sketch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+WAYS = ("decode", "fused", "separate")
+
+
+def problem(
+    tokens: int, m: int, d: int, r: int, dtype: torch.dtype, *, dense: bool = False, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+    """x, weight, bias, U, B with a few tokens whose norm stands out by a factor of four."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    x, weight, bias = randn(tokens, d), randn(m, d) / d**0.5, randn(m)
+    U, B = torch.linalg.qr(randn(m, r))[0].contiguous(), randn(r, d) / d**0.5
+    if dense:
+        B = U @ B
+    x[::5] *= 4
+    parts = [part.to(dtype=dtype, device=DEVICE) for part in (x, weight, bias, U, B)]
+    return parts[0], parts[1], parts[2], None if dense else parts[3], parts[4]
+
+
+def between(norm: Tensor) -> Tensor:
+    """A threshold in the widest relative gap, so that rounding moves no decision."""
+    values = norm.flatten().float().sort().values
+    if values.numel() == 1:
+        return values[0] * 0.9
+    ratio = values[1:] / values[:-1]
+    at = int(ratio.argmax())
+    return (values[at] * values[at + 1]).sqrt()
+
+
+def assert_as_good(ours: Tensor, plain: Tensor, exact: Tensor) -> None:
+    """No further from the exact answer than twice the same computation in plain torch (and its last bit)."""
+    error = (ours.double() - exact).abs().max()
+    allowed = 2 * (plain.double() - exact).abs().max() + 2 * torch.finfo(ours.dtype).eps * exact.abs().max()
+    assert error <= allowed, (float(error), float(allowed))
+
+
+def check(name: str, x: Tensor, delta: tuple, threshold: Tensor, sketch: Tensor | None = None, **kw) -> None:
+    weight, bias, U, B = delta
+    exact = reference.gated_linear(
+        x.double(), weight.double(), bias.double(), None if U is None else U.double(), B.double(), threshold, **kw
+    )
+    plain = reference.gated_linear(x, weight, bias, U, B, threshold, **kw)
+    ours = cuda.gated_linear(x, weight, bias, U, B, threshold, sketch, **kw)
+    assert torch.equal(ours[1], exact[1]), name
+    assert_as_good(ours[0], plain[0], exact[0])
+    torch.testing.assert_close(ours[2].double(), exact[2], rtol=1e-2 if x.dtype != torch.float32 else 1e-4, atol=1e-4)
+    again = cuda.gated_linear(x, weight, bias, U, B, threshold, sketch, **kw)
+    assert torch.equal(again[0], ours[0]), name
+    assert torch.equal(again[1], ours[1]), name
+
+
+@pytest.fixture(params=WAYS)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(cuda, "WAYS", ((float("inf"), request.param),))
+    return request.param
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "m", "d", "r"), [(1, 37, 70, 9), (19, 70, 150, 33)])
+@pytest.mark.parametrize("dense", [False, True])
+def test_calibrated(way: str, dtype: torch.dtype, tokens: int, m: int, d: int, r: int, dense: bool) -> None:
+    x, weight, bias, U, B = problem(tokens, m, d, r, dtype, dense=dense)
+    check(way, x, (weight, bias, U, B), between(reference.delta_norm(x, B)))
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_two_stages_decide_as_one(way: str, dense: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "TWO_STAGE_DECODE_TOKENS", 64)
+    x, weight, bias, U, B = problem(23, 70, 96, 64, torch.float32, dense=dense)
+    threshold = between(reference.delta_norm(x, B))
+    check(way, x, (weight, bias, U, B), threshold, make_sketch(B, 1e-9, rows=40))
+    check(way, x, (weight, bias, U, B), threshold * 100, make_sketch(B, 1e-9, rows=40))
+
+
+def test_sequence_padded_and_packed(way: str) -> None:
+    x, weight, bias, U, B = problem(33, 40, 70, 9, torch.float32)
+    delta, alpha = (weight, bias, U, B), torch.tensor(1.1, device=DEVICE)
+    generator = torch.Generator().manual_seed(1)
+    mask = (torch.rand(3, 11, generator=generator) > 0.3).to(DEVICE)
+    state = torch.tensor([[4.0, 1.0, 3.0], [0.0, 0.0, 0.0], [1.0, 0.5, 0.0]], device=DEVICE)
+    padded = x.view(3, 11, -1).clone()
+    padded[~mask] = float("nan")  # padding may hold anything
+    for before in (None, state):
+        check(way, x.view(3, 11, -1), delta, alpha, gate="sequence", mask=mask, state=before)
+        kept = cuda.gated_linear(padded, *delta, alpha, None, "sequence", mask, None, before)
+        whole = cuda.gated_linear(x.view(3, 11, -1), *delta, alpha, None, "sequence", mask, None, before)
+        assert torch.equal(kept[0][mask], whole[0][mask])
+        assert not bool(kept[1][~mask].any())
+    bounds = torch.tensor([0, 6, 6, 30], dtype=torch.int32, device=DEVICE)
+    check(way, x, delta, alpha, gate="sequence", cu_seqlens=bounds, state=state)
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_sequence_decode(before: bool) -> None:
+    x, weight, bias, U, B = problem(7, 40, 70, 9, torch.float32)
+    norm = reference.delta_norm(x, B)
+    state = torch.stack([torch.full_like(norm, 6.0), norm * 0.5, norm * 0.1], dim=-1) if before else None
+    mask = torch.tensor([[True]] * 5 + [[False]] * 2, device=DEVICE)
+    alpha = torch.tensor(1.5, device=DEVICE)
+    check("decode", x[:, None], (weight, bias, U, B), alpha, gate="sequence", mask=mask, state=state)
+
+
+def test_strided_weight_and_inputs(way: str) -> None:
+    x, weight, bias, U, B = problem(9, 37, 70, 9, torch.float32)
+    assert U is not None
+    conv1d = weight.T.contiguous().T  # transformers' Conv1D stores [d, m]
+    wide = torch.randn(9, 140, device=DEVICE)
+    wide[:, ::2] = x
+    check(way, wide[:, ::2], (conv1d, bias, U.T.contiguous().T, B), between(reference.delta_norm(x, B)))
+
+
+def test_not_a_number_stays_with_its_token(way: str) -> None:
+    x, weight, bias, U, B = problem(9, 37, 70, 9, torch.float32)
+    threshold = between(reference.delta_norm(x, B))
+    clean = cuda.gated_linear(x, weight, bias, U, B, threshold)
+    x = x.clone()
+    x[4] = float("nan")
+    dirty = cuda.gated_linear(x, weight, bias, U, B, threshold)
+    others = [0, 1, 2, 3, 5, 6, 7, 8]
+    assert torch.equal(dirty[0][others], clean[0][others])
+    assert bool(dirty[0][4].isnan().all())
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_parts(dense: bool) -> None:
+    x, weight, bias, U, B = problem(21, 37, 70, 9, torch.float32, dense=dense)
+    out = torch.nn.functional.linear(x, weight, bias)
+    norm = reference.delta_norm(x, B)
+    torch.testing.assert_close(cuda.delta_norm(x, B), norm)
+    fire = norm >= between(norm)
+    before = out.clone()
+    torch.testing.assert_close(cuda.correct(out, x, U, B, fire), reference.correct(out, x, U, B, fire))
+    assert torch.equal(out, before)
+    # the gradient's use: transposed, strided factors
+    factors = (None, B.T) if U is None else (B.T, U.T)
+    back = torch.zeros_like(x)
+    torch.testing.assert_close(cuda.correct(back, out, *factors, fire), reference.correct(back, out, *factors, fire))
+    ours = cuda.gated_delta(out, x, U, B, between(norm))
+    plain = reference.gated_delta(out, x, U, B, between(norm))
+    torch.testing.assert_close(ours[0], plain[0])
+    assert torch.equal(out, before)
+
+
+def test_no_token_and_fp64_run_the_plain_definition() -> None:
+    x, weight, bias, U, B = problem(4, 37, 70, 9, torch.float32)
+    out, fire, _ = cuda.gated_linear(x[:0], weight, bias, U, B, torch.tensor(1.0, device=DEVICE))
+    assert out.shape == (0, 37)
+    assert fire.shape == (0,)
+    wide = [part.double() for part in (x, weight, bias, U, B)]  # type: ignore[union-attr]
+    assert cuda.gated_linear(*wide, torch.tensor(1.0, device=DEVICE))[0].dtype == torch.float64
+
+
+def test_the_table_covers_every_length() -> None:
+    assert [cuda.way(tokens) for tokens in (1, 64, 65, 256, 257, 10**6)] == [
+        "decode",
+        "decode",
+        "fused",
+        "fused",
+        "separate",
+        "separate",
+    ]
+
+
+@pytest.mark.gpu
+def test_captured_in_a_graph() -> None:
+    for tokens in (1, 40, 100, 600):
+        x, weight, bias, U, B = problem(tokens, 256, 512, 32, torch.bfloat16)
+        threshold = between(reference.delta_norm(x, B))
+        expected = cuda.gated_linear(x, weight, bias, U, B, threshold)[0]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = cuda.gated_linear(x, weight, bias, U, B, threshold)[0]
+        x.copy_(x.flip(0))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(out, expected.flip(0)) or torch.allclose(out.float(), expected.flip(0).float(), rtol=1e-2)
