@@ -59,26 +59,16 @@ def assert_same(first: list[torch.Tensor], second: list[torch.Tensor]) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_takes_edits(family: str) -> None:
-    # Strong edits on few layers, so that a random model's gate fires at the subjects.
-    editor = make(family, CONFIG.replace(mom2_update_weight=0.05, v_num_grad_steps=15, v_lr=0.5, threshold_z=1.0))
+    # Strong edits, keys of the bare prompt alone and a gate that lets nearly all pass: then V must be reached.
+    open_gate = {"threshold_rule": "fpr", "threshold_fpr": 0.99, "context_seeds": ()}
+    editor = make(family, CONFIG.replace(mom2_update_weight=0.01, clamp_norm_factor=0.75, **open_gate))
     before = {name: value.clone() for name, value in editor.model.named_parameters()}
     clean = logits(editor.model)
-    requests = facts(3)
-    rows = [request.tokenise(tiny_tokenizer(), ()).bare for request in requests]
-
-    def log_probability() -> float:
-        total = 0.0
-        for row in rows:
-            with torch.no_grad():
-                log_p = editor.model(torch.tensor([row.prompt + row.target])).logits[0].log_softmax(-1)
-            total += sum(float(log_p[len(row.prompt) - 1 + i, token]) for i, token in enumerate(row.target))
-        return total
-
-    old = log_probability()
-    batch = edit(editor, requests)
-    assert log_probability() > old + 3
+    batch = edit(editor, facts(3))
+    # Gemma's norm after the FFN fixes the length of what a layer adds, so V is reached less exactly there.
+    assert max(outcome.residual_left for outcome in batch.outcomes) < (0.3 if family.startswith("gemma") else 0.15)
+    assert not torch.equal(logits(editor.model), clean)
     assert all(len(outcome.strength) == 2 and min(outcome.strength) > 0 for outcome in batch.outcomes)
-    assert all(0 <= outcome.residual_left < 1 for outcome in batch.outcomes)
     with editor.disabled():
         assert torch.equal(logits(editor.model), clean)
     for name, value in editor.model.named_parameters():
@@ -118,7 +108,9 @@ def test_unknown_architectures_name_their_modules() -> None:
         Editor(model, tiny_tokenizer(), CONFIG.replace(layer_module_tmp="model.layers.{}"))
     with pytest.raises(ValueError, match="rewrite_module_tmp 'model.layers.{}.mlp.nothing' names no module"):
         Editor(
-            model, tiny_tokenizer(), CONFIG.replace(**{**templates, "rewrite_module_tmp": "model.layers.{}.mlp.nothing"})
+            model,
+            tiny_tokenizer(),
+            CONFIG.replace(**{**templates, "rewrite_module_tmp": "model.layers.{}.mlp.nothing"}),
         )
     editor = Editor(model, tiny_tokenizer(), CONFIG.replace(**templates))
     editor.collect_statistics(tiny_texts(12), progress=False)
