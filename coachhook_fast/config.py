@@ -44,6 +44,8 @@ class EditConfig:
         threshold_keys: ordinary keys kept a layer to find τ.
         context_seeds: beginnings from which the model writes the context texts.
         context_tokens: tokens generated after each beginning.
+        subject_templates: further contexts, texts with one slot `{}` for the subject in the place of the prompt; () is
+            the paper's way (docs/notes/generality.md).
         max_batch_tokens: most tokens in one forward pass of the editor; bounds its memory.
         layer_module_tmp, rewrite_module_tmp: module templates for architectures this package does not know.
 
@@ -69,12 +71,13 @@ class EditConfig:
     threshold_keys: int = 4096
     context_seeds: tuple[str, ...] = ("The", "Therefore", "Because", "I", "You")
     context_tokens: int = 10
+    subject_templates: tuple[str, ...] = ()
     max_batch_tokens: int = 8192
     layer_module_tmp: str | None = None
     rewrite_module_tmp: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("layers", "context_seeds"):  # lists come from YAML and JSON
+        for name in ("layers", "context_seeds", "subject_templates"):  # lists come from YAML and JSON
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.layers is not None:
@@ -102,6 +105,8 @@ class EditConfig:
             raise ValueError(f"threshold_rule must be one of {THRESHOLD_RULES}, got {self.threshold_rule!r}")
         if not all(isinstance(seed, str) and seed for seed in self.context_seeds):
             raise ValueError(f"context_seeds must be non-empty strings, got {self.context_seeds}")
+        if not all(isinstance(text, str) and text.count("{}") == 1 for text in self.subject_templates):
+            raise ValueError(f"subject_templates must be texts with one slot '{{}}' each, got {self.subject_templates}")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> EditConfig:

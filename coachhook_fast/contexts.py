@@ -1,4 +1,8 @@
-"""Context texts: short beginnings that the un-edited model writes, put before every request's prompt."""
+"""Contexts: the texts beside the bare prompt in which a request's subject is read and its target wished.
+
+Two kinds, told apart by a slot: a beginning that the un-edited model wrote stands before the prompt; a template with
+`{}` takes the subject and stands in the prompt's place, so that the target does not hang on the prompt's wording.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ from coachhook_fast.config import EditConfig
 
 @torch.inference_mode()
 def write_contexts(model: nn.Module, tokenizer: Any, config: EditConfig) -> tuple[str, ...]:
-    """One text a seed of `config.context_seeds`: the seed and `context_tokens` greedy tokens after it."""
+    """One text a seed of `config.context_seeds` (the seed and `context_tokens` greedy tokens), then the templates."""
     texts = []
     generate: Any = model.generate
     for seed in config.context_seeds:
@@ -27,4 +31,4 @@ def write_contexts(model: nn.Module, tokenizer: Any, config: EditConfig) -> tupl
         # A slot or a line break inside a context would be read as part of the prompt's own form.
         text = tokenizer.decode(ids[0], skip_special_tokens=True)
         texts.append(" ".join(text.replace("{", " ").replace("}", " ").split()))
-    return tuple(texts)
+    return (*texts, *config.subject_templates)

@@ -63,12 +63,16 @@ class EditRequest:
         return self.text.rindex(self.subject) + len(self.subject.rstrip())
 
     def tokenise(self, tokenizer: Any, contexts: Sequence[str]) -> TokenisedRequest:
-        """Tokens of this request under each of `contexts` and bare (last row), and of its KL prompt."""
+        """Tokens of this request under each of `contexts` (see contexts.py), bare (last row), and of its KL prompt."""
         rows = []
-        for prefix in [*(f"{context}. " for context in contexts), ""]:
-            prompt, target = encode_prompt_target(tokenizer, prefix + self.text, self.target_new)
-            lookup = last_token_before(tokenizer, prefix + self.text, len(prefix) + self.subject_end)
-            rows.append(TokenRow(tuple(prompt), tuple(target), lookup))
+        for context in [*contexts, ""]:
+            if SLOT in context:
+                text, end = context.replace(SLOT, self.subject), context.index(SLOT) + len(self.subject.rstrip())
+            else:
+                prefix = f"{context}. " if context else ""
+                text, end = prefix + self.text, len(prefix) + self.subject_end
+            prompt, target = encode_prompt_target(tokenizer, text, self.target_new)
+            rows.append(TokenRow(tuple(prompt), tuple(target), last_token_before(tokenizer, text, end)))
         essence = f"{self.subject} is a"
         ids = tuple(tokenizer(essence)["input_ids"])
         kl = TokenRow(ids, (), last_token_before(tokenizer, essence, len(self.subject.rstrip())))

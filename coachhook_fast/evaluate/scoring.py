@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from coachhook_fast.layer import HookLinear
 from coachhook_fast.models import context_length
 from coachhook_fast.progress import track
 
@@ -102,7 +101,8 @@ def score_pairs(
 def looks_ahead(model: Any) -> bool:
     """True where a token's output depends on later tokens: an enabled hook has the `sequence` gate."""
     return any(
-        isinstance(module, HookLinear) and module.gate == "sequence" and module.mode == "gated"
+        # By attribute, so that other implementations of the gate can be scored too.
+        getattr(module, "gate", None) == "sequence" and getattr(module, "mode", None) == "gated"
         for module in model.modules()
     )
 
