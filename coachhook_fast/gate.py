@@ -118,10 +118,8 @@ class StateStore(Protocol):
     def store(self, index: int, states: Tensor) -> None: ...
 
 
-class SequenceContext(threading.local):
-    """What the `sequence` gate must know of the running forward pass; shared by the hooks of one model.
-
-    Each thread sees values of its own, so that threads may run one model at once.
+class SequenceContext:
+    """What the `sequence` gate must know of a forward pass; shared by the hooks of one model.
 
     Attributes:
         mask: [B, q] bool, True for real tokens among those of this forward pass; None where all are real.
@@ -139,9 +137,8 @@ class SequenceContext(threading.local):
         self.states: StateStore | None = None
         self.prompt_length: int | None = None
 
-    @property
-    def carries_state(self) -> bool:
-        return self.states is not None
+    def here(self) -> SequenceContext:
+        return self
 
     def load(self, index: int) -> Tensor | None:
         """[B, 3] (count, mean, M2) before the tokens of this pass in edited layer `index`; None at the start."""
@@ -152,8 +149,25 @@ class SequenceContext(threading.local):
         if self.states is not None:
             self.states.store(index, states)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> SequenceContext:
-        return SequenceContext()
+
+class ThreadContexts:
+    """A `SequenceContext` for each thread, so that several may run one model at once."""
+
+    def __init__(self) -> None:
+        self._threads = _ThreadContext()
+        # torch.compile loses what is written to a thread-local object; within a graph there is one pass anyway.
+        self._traced = SequenceContext()
+
+    def here(self) -> SequenceContext:
+        return self._traced if torch.compiler.is_compiling() else self._threads.context
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ThreadContexts:
+        return ThreadContexts()
 
     def __reduce__(self) -> Any:
-        return SequenceContext, ()
+        return ThreadContexts, ()
+
+
+class _ThreadContext(threading.local):
+    def __init__(self) -> None:
+        self.context = SequenceContext()

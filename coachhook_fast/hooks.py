@@ -140,8 +140,8 @@ class Hooks:
 def twin(model: nn.Module) -> nn.Module:
     """A second model over the same parameters and buffers: edit the one while other threads run the other.
 
-    An editor runs its model in parts, with temporary hooks, which passes of other threads must not meet. Costs no copy of
-    any weight.
+    An editor runs its model in parts, with temporary hooks, which passes of other threads must not meet. No weight is
+    copied.
 
     Raises:
         ValueError: the model has hooks; take the twin first.

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -34,18 +34,23 @@ MODES = ("off", "gated", "always")
 
 
 class SequenceInfo(Protocol):
-    """What the `sequence` gate reads of a forward pass; `coachhook_fast.gate.SequenceContext` is one."""
+    """What the `sequence` gate reads of a forward pass; `gate.SequenceContext` is one."""
 
     mask: Tensor | None  # [S, q] bool, True = a real token
     cu_seqlens: Tensor | None  # [S + 1] int32
     prompt_length: int | None  # how many of these tokens a new sequence's prompt holds, None = all
 
-    @property
-    def carries_state(self) -> bool: ...
+    states: Any  # where the running state of cached decoding is kept, None without a cache
 
     def load(self, index: int) -> Tensor | None: ...  # [S, 3]: count, mean, M2 before these tokens
 
     def store(self, index: int, states: Tensor) -> None: ...  # [S, q, 3]: after each of these tokens
+
+
+class SequenceSource(Protocol):
+    """Where a hook finds that; `gate.SequenceContext` (itself) and `gate.ThreadContexts` are two."""
+
+    def here(self) -> SequenceInfo: ...
 
 
 @dataclass(frozen=True)
@@ -124,7 +129,7 @@ class HookLinear(nn.Module):
         self.index = index
         self.miss_probability = miss_probability
         self.reserve = 0
-        self.context: SequenceInfo | None = None
+        self.context: SequenceSource | None = None
         dtype, device = _serving_placement(base_layer, torch.float32)
         empty = LowRankDelta.zeros(self.out_features, self.in_features, dtype=dtype, device=device)
         self._versions = Versions([Served(self._make_state(empty, math.inf, None), "gated")])
@@ -201,22 +206,22 @@ class HookLinear(nn.Module):
             out = self.base_layer(x)
             c = nn.functional.linear(x.to(state.B.dtype), state.B)
             return out + (c if state.U is None else nn.functional.linear(c, state.U)).to(out.dtype)
-        mask, cu_seqlens, running = self._sequence(x)
-        if self._carries(x):
-            assert self.context is not None
+        context = self._sequence()
+        if context is not None and _carries(context, x):
             with torch.no_grad():
                 norm = ops.delta_norm(x.to(state.B.dtype), state.B)
-                fire, _, states = self._decide(norm, state, mask, running)
-            self.context.store(self.index, states)
+                fire, _, states = self._decide(norm, state, context)
+            context.store(self.index, states)
             return ops.correct(self.base_layer(x), x, state.U, state.B, fire)
-        edits = (state.U, state.B, state.threshold, state.sketch, self.gate, mask, cu_seqlens, running)
+        sequence = self._arguments(context, x)
+        edits = (state.U, state.B, state.threshold, state.sketch, self.gate, *sequence)
         weight = _plain_weight(self.base_layer)
         if weight is not None and weight.dtype == state.B.dtype:
             out, _, after = ops.gated_linear(x, weight, self.base_layer.bias, *edits)  # type: ignore[arg-type]
         else:
             out, _, after = ops.gated_delta(self.base_layer(x), x, *edits)
-        if self.gate == "sequence" and self.context is not None and self.context.carries_state:
-            self.context.store(self.index, after[:, None])
+        if context is not None and context.states is not None:
+            context.store(self.index, after[:, None])
         return out
 
     @torch.no_grad()
@@ -232,10 +237,11 @@ class HookLinear(nn.Module):
             mean, std = state.moments or (math.nan, math.nan)
             fire = (norm >= state.threshold) & (not state.is_empty)
             return GateTrace(norm, (norm - mean) / std, fire)
-        mask, cu_seqlens, running = self._sequence(x)
-        if self._carries(x):
-            fire, z, _ = self._decide(norm, state, mask, running)
+        context = self._sequence()
+        if context is not None and _carries(context, x):
+            fire, z, _ = self._decide(norm, state, context)
             return GateTrace(norm, z, fire)
+        mask, cu_seqlens, running = self._arguments(context, x)
         if cu_seqlens is not None:
             grid = norm.reshape(-1)
         else:
@@ -244,29 +250,25 @@ class HookLinear(nn.Module):
         fire, z, _ = ops.sequence_gate(grid, state.threshold, mask, cu_seqlens, running)
         return GateTrace(norm, z.reshape(norm.shape), fire.reshape(norm.shape))
 
-    def _sequence(self, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Mask, cu_seqlens and running state for ``x``; all None unless the gate is `sequence`."""
-        context = self.context
-        if self.gate != "sequence" or context is None:
+    def _sequence(self) -> SequenceInfo | None:
+        """What the gate must know of this thread's pass; None where it needs nothing."""
+        return None if self.gate != "sequence" or self.context is None else self.context.here()
+
+    def _arguments(self, context: SequenceInfo | None, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The operators' mask, cu_seqlens and running state for ``x``."""
+        if context is None:
             return None, None, None
         mask = context.mask
         if mask is not None and mask.numel() != x.shape[:-1].numel():
             raise ValueError(f"context.mask {tuple(mask.shape)} does not cover the tokens of x {tuple(x.shape)}")
         return mask, context.cu_seqlens, context.load(self.index)
 
-    def _carries(self, x: Tensor) -> bool:
-        """Whether the tokens are several and a state must be kept after each: one token is the operator's own case."""
-        context = self.context
-        return self.gate == "sequence" and context is not None and context.carries_state and x.shape[-2] > 1
-
-    def _decide(
-        self, norm: Tensor, state: HookState, mask: Tensor | None, running: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _decide(self, norm: Tensor, state: HookState, context: SequenceInfo) -> tuple[Tensor, Tensor, Tensor]:
         """fire, z ``[..., q]`` and states ``[S, q, 3]`` for norms ``[..., q]``."""
-        assert self.context is not None
         grid = norm.reshape(-1, norm.shape[-1])
-        mask = None if mask is None else mask.reshape(grid.shape)
-        fire, z, states = carried_gate(grid, state.threshold, mask, running, self.context.prompt_length)
+        mask = None if context.mask is None else context.mask.reshape(grid.shape)
+        running = context.load(self.index)
+        fire, z, states = carried_gate(grid, state.threshold, mask, running, context.prompt_length)
         return fire.reshape(norm.shape), z.reshape(norm.shape), states
 
     # ---------------------------------------------------------------- module housekeeping
@@ -308,6 +310,11 @@ class HookLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"gate={self.gate!r}, mode={self.mode!r}, delta={self.delta!r}"
+
+
+def _carries(context: SequenceInfo, x: Tensor) -> bool:
+    """Whether a state must be kept after each of several tokens; a single token is the operator's own case."""
+    return context.states is not None and x.shape[-2] > 1
 
 
 def check_mode(mode: str) -> None:

@@ -2,8 +2,8 @@
 
 A forward pass pins the version that is current when it begins, for its own thread, and every hook reads the pinned
 one; publishing another is one assignment. So a pass sees one whole edit set however many threads publish meanwhile, and
-neither side ever waits for the other. Compiled code reads the same attributes: they become inputs of its graph, so a
-new version of the same shapes recompiles nothing (see `HookLinear.reserve`).
+neither side ever waits for the other. Under torch.compile the published tuple is read once, with the graph's inputs,
+which pins it too; a new version of the same shapes recompiles nothing (see `HookLinear.reserve`).
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import copy
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
+
+import torch
 
 Entry = TypeVar("Entry")
 
@@ -54,12 +56,16 @@ class Versions(Generic[Entry]):
 
     def pin(self) -> None:
         """A pass begins in this thread; one within another sees what the outer one sees."""
+        if torch.compiler.is_compiling():
+            return
         if self._pass.depth == 0:
             self._pass.entries = self._published
         self._pass.depth += 1
 
     def unpin(self) -> None:
         """The pass has ended, by an error too."""
+        if torch.compiler.is_compiling():
+            return
         if self._pass.depth > 0:
             self._pass.depth -= 1
         if self._pass.depth == 0:

@@ -18,8 +18,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache, DynamicLayer, StaticLayer
 
-from coachhook_fast.gate import SequenceContext
+from coachhook_fast.gate import SequenceContext, ThreadContexts
 from coachhook_fast.layer import HookLinear
 
 _MASK = "coachhook_mask"
@@ -27,13 +28,13 @@ _USE_CALIBRATED = "use the calibrated gate (EditConfig(gate='calibrated')), whic
 
 
 class SequenceTracker:
-    """Fills the hooks' shared `SequenceContext` before each forward pass of a transformers model."""
+    """Fills the hooks' `SequenceContext` before each forward pass of a transformers model."""
 
     def __init__(self, model: nn.Module, hooks: Sequence[HookLinear]) -> None:
-        self.context = SequenceContext()
+        self.contexts = ThreadContexts()
         self.num_blocks = int(model.config.get_text_config().num_hidden_layers)  # type: ignore[union-attr,operator]
         for hook in hooks:
-            hook.context = self.context
+            hook.context = self.contexts
         self._model = model
         self._hooks = tuple(hooks)
         self._handles = [
@@ -53,17 +54,18 @@ class SequenceTracker:
         for hook in self._hooks:
             hook.context = None
 
-    def _wrap(self, name: str, make: Callable[[nn.Module, Callable[..., Any]], Callable[..., Any]]) -> None:
+    def _wrap(self, name: str, function: Callable[..., Any]) -> None:
         method = getattr(self._model, name, None)
         if method is None:
             return
-        wrapper = functools.wraps(method)(make(self._model, method))
+        wrapper = functools.partial(function, self._model)  # not a closure: a deep copy then wraps the copied model
         wrapper.__signature__ = inspect.signature(method)  # type: ignore[attr-defined] # generate() looks at it
         self._model.__dict__[name] = wrapper
         self._wrapped.append(name)
 
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        self.context.clear()
+        context = self.contexts.here()
+        context.clear()
         tokens = args[0] if args else kwargs.get("input_ids")
         if tokens is None:
             tokens = kwargs["inputs_embeds"]
@@ -73,84 +75,96 @@ class SequenceTracker:
         if "block_table" in kwargs or "write_index" in kwargs:
             raise ValueError(f"the sequence gate cannot follow a paged cache: {_USE_CALIBRATED}")
         if isinstance(mask, Tensor) and mask.dim() == 2:
-            self.context.mask = mask[:, -length:].to(torch.bool)
+            context.mask = mask[:, -length:].to(torch.bool)
         elif mask is not None:
             kind = f"of {mask.dim()} dimensions" if isinstance(mask, Tensor) else f"that is a {type(mask).__name__}"
             raise ValueError(
-                f"the sequence gate cannot tell padding from an attention_mask {kind}: pass a 2-D one, or {_USE_CALIBRATED}"
+                f"the sequence gate cannot tell padding from an attention_mask {kind}: pass a 2-D one, "
+                f"or {_USE_CALIBRATED}"
             )
         cache = kwargs.get("past_key_values")
         config: Any = model.config
         if cache is None and kwargs.get("use_cache", getattr(config, "use_cache", False)):
-            from transformers import DynamicCache
-
             # The model would make its own after this hook, too late for the state to ride in it.
             cache = kwargs["past_key_values"] = DynamicCache(config=config)
         if length > 1 and not torch.compiler.is_compiling():
-            self._look_for_packing(mask, kwargs, cache)
+            _look_for_packing(context, mask, kwargs, cache)
         if cache is not None:
-            self.context.states = CacheStates(cache, self.num_blocks, len(self._hooks))
+            context.states = CacheStates(cache, self.num_blocks, len(self._hooks))
         keep = kwargs.get("logits_to_keep")
         if generating and isinstance(keep, int) and keep > 1:
             # Assisted decoding's first pass: the prompt and keep - 1 drafted tokens.
-            self.context.prompt_length = length - keep + 1
+            context.prompt_length = length - keep + 1
         return args, kwargs
 
-    def _look_for_packing(self, mask: Tensor | None, kwargs: dict[str, Any], cache: Any) -> None:
-        """Several sequences in a row, told by cu_seq_lens_q or by positions that start again."""
-        boundaries = kwargs.get("cu_seq_lens_q")
-        positions = kwargs.get("position_ids")
-        if isinstance(mask, Tensor) and bool((mask > 1).any()):
-            raise ValueError(
-                "the sequence gate reads attention_mask as 0 for padding and 1 for tokens, got larger values: pass "
-                "packed sequences with position_ids or cu_seq_lens_q"
-            )
-        if boundaries is None and isinstance(positions, Tensor) and positions.dim() == 2:
-            steps = positions[:, 1:] - positions[:, :-1] != 1
-            if mask is not None:
-                real = mask[:, -positions.shape[1] :].to(torch.bool)
-                steps = steps & real[:, 1:] & real[:, :-1]
-            if not bool(steps.any()):
-                return
-            # Flat over all rows; each row begins a sequence too.
-            starts = torch.nn.functional.pad(steps, (1, 0), value=True).flatten().nonzero().flatten()
-            boundaries = torch.cat([starts, starts.new_tensor([positions.numel()])])
-        if boundaries is None:
-            return
-        if cache is not None and cache.get_seq_length() > 0:
-            raise ValueError(f"the sequence gate cannot go on with packed sequences in a cache: {_USE_CALIBRATED}")
-        if cache is not None and kwargs.get("use_cache") is not False:
-            # Nothing can go on from a cache of packed sequences; without one the pass is judged all the same.
-            kwargs["use_cache"], kwargs["past_key_values"] = False, None
-        self.context.cu_seqlens = boundaries.to(torch.int32)
-
     def _after(self, *_: Any) -> None:
-        self.context.clear()
+        self.contexts.here().clear()
+
+
+def _look_for_packing(context: SequenceContext, mask: Tensor | None, kwargs: dict[str, Any], cache: Any) -> None:
+    """Several sequences in a row, told by cu_seq_lens_q or by positions that start again."""
+    boundaries = kwargs.get("cu_seq_lens_q")
+    positions = kwargs.get("position_ids")
+    if isinstance(mask, Tensor) and bool((mask > 1).any()):
+        raise ValueError(
+            "the sequence gate reads attention_mask as 0 for padding and 1 for tokens, got larger values: pass "
+            "packed sequences with position_ids or cu_seq_lens_q"
+        )
+    if boundaries is None and isinstance(positions, Tensor) and positions.dim() == 2:
+        steps = positions[:, 1:] - positions[:, :-1] != 1
+        if mask is not None:
+            real = mask[:, -positions.shape[1] :].to(torch.bool)
+            steps = steps & real[:, 1:] & real[:, :-1]
+        if not bool(steps.any()):
+            return
+        # Flat over all rows; each row begins a sequence too.
+        starts = torch.nn.functional.pad(steps, (1, 0), value=True).flatten().nonzero().flatten()
+        boundaries = torch.cat([starts, starts.new_tensor([positions.numel()])])
+    if boundaries is None:
+        return
+    if cache is not None and cache.get_seq_length() > 0:
+        raise ValueError(f"the sequence gate cannot go on with packed sequences in a cache: {_USE_CALIBRATED}")
+    if cache is not None and kwargs.get("use_cache") is not False:
+        # Nothing can go on from a cache of packed sequences; without one the pass is judged all the same.
+        kwargs["use_cache"], kwargs["past_key_values"] = False, None
+    context.cu_seqlens = boundaries.to(torch.int32)
+
+
+class LastState(StaticLayer):
+    """A layer of a static cache that keeps the state after the last token only: such caches are never cropped."""
+
+    def __init__(self) -> None:
+        super().__init__(max_cache_len=1)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None
+        assert self.values is not None
+        self.keys.copy_(key_states[:, :, -1:])
+        self.values.copy_(value_states[:, :, -1:])
+        self.cumulative_length.add_(key_states.shape[2])
+        return self.keys, self.values
 
 
 class CacheStates:
     """Running (count, mean, M2) of each sequence, kept in extra layers of a transformers cache, one entry a token."""
 
     def __init__(self, cache: Any, num_blocks: int, num_hooks: int) -> None:
-        from transformers.cache_utils import DynamicLayer, StaticLayer
-
         if not hasattr(cache, "layers"):
             raise ValueError(f"the sequence gate cannot keep its state in a {type(cache).__name__}: {_USE_CALIBRATED}")
         while len(cache.layers) < num_blocks:  # a cache that makes its layers as the blocks first ask for them
             cache.layers.append((cache.layer_class_to_replicate or DynamicLayer)())
         static = bool(cache.layers) and cache.layers[0].is_compileable
         while len(cache.layers) < num_blocks + num_hooks:
-            cache.layers.append(StaticLayer(cache.get_max_length()) if static else DynamicLayer())
+            cache.layers.append(LastState() if static else DynamicLayer())
         self._layers = cache.layers[num_blocks:]
 
     def load(self, index: int) -> Tensor | None:
         layer = self._layers[index]
         if not layer.is_initialized or layer.keys.numel() == 0:
             return None
-        if layer.is_compileable:  # after a reset the length is 0 and so is the count in the first entry
-            last = (layer.cumulative_length - 1).clamp(min=0).reshape(1)
-            return layer.keys.index_select(2, last)[:, 0, 0]
-        return layer.keys[:, 0, -1]
+        return layer.keys[:, 0, -1]  # after a reset of a static cache: zeros, a count of 0
 
     def store(self, index: int, states: Tensor) -> None:
         self._layers[index].update(states[:, None], states[:, None])
@@ -159,38 +173,29 @@ class CacheStates:
 # -------------------------------------------------------------------------------- methods of the model, wrapped
 
 
-def _hand_on_mask(model: nn.Module, method: Callable[..., Any]) -> Callable[..., Any]:
-    def prepare_inputs_for_generation(*args: Any, **kwargs: Any) -> Any:
-        inputs = method(*args, **kwargs)
-        mask = kwargs.get("attention_mask")
-        tokens = inputs.get("input_ids")
-        if tokens is None:
-            tokens = inputs["inputs_embeds"]
-        # Sliced: the whole mask grows by a column a step, which would recompile every step.
-        inputs[_MASK] = None if mask is None else mask[:, -tokens.shape[1] :]
-        return inputs
-
-    return prepare_inputs_for_generation
+def _hand_on_mask(model: Any, *args: Any, **kwargs: Any) -> Any:
+    inputs = type(model).prepare_inputs_for_generation(model, *args, **kwargs)
+    mask = kwargs.get("attention_mask")
+    tokens = inputs.get("input_ids")
+    if tokens is None:
+        tokens = inputs["inputs_embeds"]
+    # Sliced: the whole mask grows by a column a step, which would recompile every step.
+    inputs[_MASK] = None if mask is None else mask[:, -tokens.shape[1] :]
+    return inputs
 
 
-def _refuse_chunks(model: nn.Module, method: Callable[..., Any]) -> Callable[..., Any]:
-    def generate(*args: Any, **kwargs: Any) -> Any:
-        config = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None) or model.generation_config
-        size = kwargs.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None))
-        if size is not None:
-            raise ValueError(
-                f"the sequence gate judges a prompt's tokens together, so prefill_chunk_size={size} cannot cut it: leave "
-                f"it out, or {_USE_CALIBRATED}"
-            )
-        return method(*args, **kwargs)
-
-    return generate
-
-
-def _refuse_continuous_batching(model: nn.Module, method: Callable[..., Any]) -> Callable[..., Any]:
-    def init_continuous_batching(*args: Any, **kwargs: Any) -> Any:
+def _refuse_chunks(model: Any, *args: Any, **kwargs: Any) -> Any:
+    config = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None) or model.generation_config
+    size = kwargs.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None))
+    if size is not None:
         raise ValueError(
-            f"the sequence gate judges a prompt's tokens together, which continuous batching cuts: {_USE_CALIBRATED}"
+            f"the sequence gate judges a prompt's tokens together, so prefill_chunk_size={size} cannot cut it: "
+            f"leave it out, or {_USE_CALIBRATED}"
         )
+    return type(model).generate(model, *args, **kwargs)
 
-    return init_continuous_batching
+
+def _refuse_continuous_batching(model: Any, *args: Any, **kwargs: Any) -> Any:
+    raise ValueError(
+        f"the sequence gate judges a prompt's tokens together, which continuous batching cuts: {_USE_CALIBRATED}"
+    )

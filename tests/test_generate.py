@@ -1,0 +1,450 @@
+"""transformers' generate(): every mode gives the tokens of the plain rule, run without a cache, one sequence at a time.
+
+The reference is `PlainHook`: the gate's definition, a loop over tokens, in a model that keeps no cache. Under `sequence` it
+knows how long the prompt is: prompt tokens are judged together, each later one against all tokens up to itself.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny_model, tiny_texts, tiny_tokenizer
+from torch import Tensor, nn
+from transformers import CompileConfig, ContinuousBatchingConfig, DynamicCache, GenerationConfig, StaticCache
+
+from coachhook_fast.architectures import layout_of
+from coachhook_fast.delta import LowRankDelta
+from coachhook_fast.hooks import Hooks
+from coachhook_fast.layer import HookLinear
+
+GATES = ("calibrated", "sequence")
+LAYERS = (1, 2)
+STEPS = 12
+TEXTS = [tiny_texts(20)[i] for i in (0, 3, 5, 8)]  # of different lengths
+ALPHA = 0.8
+
+
+class PlainHook(nn.Module):
+    """The gated projection by its definition, without a cache: one sequence, or rows of one length."""
+
+    def __init__(self, hook: HookLinear) -> None:
+        super().__init__()
+        self.base_layer = hook.base_layer
+        self.delta = hook.get_delta_weight()
+        self.gate, self.threshold = hook.gate, hook.threshold
+        self.prompt_length: int | None = None  # None: judge all tokens together
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base_layer.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.base_layer(x)
+        edit = x @ self.delta.T
+        norm = edit.norm(dim=-1)
+        if self.gate == "calibrated":
+            fire = norm >= self.threshold
+        else:
+            length = x.shape[1]
+            prompt = length if self.prompt_length is None else min(self.prompt_length, length)
+            fire = torch.zeros_like(norm, dtype=torch.bool)
+            for row in range(x.shape[0]):
+                for token in range(length):
+                    seen = norm[row, : max(prompt, token + 1)]
+                    fire[row, token] = (norm[row, token] - seen.mean()) / seen.std() >= self.threshold
+        return torch.where(fire[..., None], out + edit, out)
+
+
+def hooked(gate: str, family: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
+    """A tiny model with random edits in two layers, strong enough to change what it writes."""
+    model = tiny_model(family, seed=seed, dtype=dtype)
+    model.generation_config.eos_token_id = None  # all sequences run to the same length
+    hooks = Hooks(model, layout_of(model), LAYERS, gate)
+    generator = torch.Generator().manual_seed(seed)
+    for hook in hooks.hooks:
+        m, d = hook.out_features, hook.in_features
+        R = 0.3 * torch.randn(m, 3, generator=generator, dtype=torch.float64)
+        X = torch.randn(d, 3, generator=generator, dtype=torch.float64)
+        delta = LowRankDelta.zeros(m, d, dtype=torch.float64).append(R, X)
+        hook.set_delta(delta, ALPHA)
+        if gate == "calibrated":
+            seen: list[Tensor] = []
+            handle = hook.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
+            with torch.no_grad():
+                for text in TEXTS:
+                    model(ids_of(text), use_cache=False)
+            handle.remove()
+            norms = torch.cat([hook.trace(keys).norm.flatten() for keys in seen]).sort().values
+            middle = norms[len(norms) // 2 : -len(norms) // 8]
+            gap = int((middle[1:] - middle[:-1]).argmax())  # no norm lies near the threshold: rounding flips nothing
+            hook.set_delta(delta, float(middle[gap : gap + 2].mean()))
+    return model
+
+
+def plain(model: Any) -> Any:
+    """The same model with `PlainHook`s."""
+    copied = copy.deepcopy(model)
+    hooks = [PlainHook(hook) for hook in copied.coachhook.hooks]
+    layers = copied.coachhook.layers
+    copied.coachhook.unload()
+    for layer, hook in zip(layers, hooks, strict=True):
+        parent, _, name = layout_of(copied).rewrite_module_tmp.format(layer).rpartition(".")
+        setattr(copied.get_submodule(parent), name, hook)
+    return copied
+
+
+def ids_of(text: str) -> Tensor:
+    return torch.tensor([tiny_tokenizer()(text).input_ids])
+
+
+def set_prompt(model: Any, length: int | None) -> None:
+    for module in model.modules():
+        if isinstance(module, PlainHook):
+            module.prompt_length = length
+
+
+@torch.no_grad()
+def reference(model: Any, ids: Tensor, steps: int = STEPS, *, prompt: int | None = -1) -> list[int]:
+    """Greedy tokens of the plain model, one whole pass a token. prompt: tokens judged together, -1 all of `ids`."""
+    twin = plain(model)
+    set_prompt(twin, ids.shape[1] if prompt == -1 else prompt)
+    for _ in range(steps):
+        logits = twin(ids, use_cache=False).logits[0, -1]
+        ids = torch.cat([ids, logits.argmax().reshape(1, 1)], dim=1)
+    return ids[0, -steps:].tolist()
+
+
+def generate(model: Any, ids: Tensor, steps: int = STEPS, **options: Any) -> list[int]:
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": steps, "do_sample": False, **options}
+    made = model.generate(ids, **options)
+    return made[0, -steps:].tolist()
+
+
+def fired(model: Any, ids: Tensor) -> bool:
+    """Whether the edits change what the model writes."""
+    with model.coachhook.disabled():
+        base = generate(model, ids)
+    return base != generate(model, ids)
+
+
+# ------------------------------------------------------------------ one sequence
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "gptj", "qwen2", "mistral", "gemma2", "gemma3"])
+def test_dynamic_and_sliding_window_caches(gate: str, family: str) -> None:
+    model = hooked(gate, family)
+    changed = False
+    for text in TEXTS[:2]:
+        ids = ids_of(text)
+        assert generate(model, ids) == reference(model, ids)
+        changed = changed or fired(model, ids)
+    assert changed
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3"])
+def test_static_cache(gate: str, family: str) -> None:
+    model = hooked(gate, family)
+    for text in TEXTS[:2]:
+        ids = ids_of(text)
+        assert generate(model, ids, cache_implementation="static") == reference(model, ids)
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_no_cache(gate: str) -> None:
+    model = hooked(gate)
+    ids = ids_of(TEXTS[0])
+    assert generate(model, ids, use_cache=False) == reference(model, ids, prompt=None)
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_compiled_static_cache_has_one_graph(gate: str) -> None:
+    """The decode step compiles whole, once, and swapping the edit set recompiles nothing."""
+    torch._dynamo.reset()
+    model = hooked(gate)
+    model.coachhook.reserve(8)
+    for hook in model.coachhook.hooks:
+        hook.set_delta(hook.delta, hook.threshold)
+    ids = ids_of(TEXTS[0])
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = CompileConfig(backend=backend, fullgraph=True, mode=None)
+    compiled._compile_all_devices = True
+    options = {"cache_implementation": "static", "compile_config": compiled}
+    assert generate(model, ids, **options) == reference(model, ids)
+    hook = model.coachhook.hooks[0]
+    hook.set_delta(LowRankDelta(hook.delta.U[:, :1], -2 * hook.delta.B[:1]), hook.threshold)  # rank 3 to rank 1
+    assert generate(model, ids, **options) == reference(model, ids)
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("backend", ["fp8", "quanto", "hqq"])
+def test_quantised_cache(backend: str) -> None:
+    """Quantised keys change the model itself, so the reference is the plain gate with the same cache."""
+    package = {"quanto": "optimum", "hqq": "hqq"}.get(backend)
+    if package and importlib.util.find_spec(package) is None:
+        pytest.skip(f"the quantised cache's backend {backend} needs the package {package}")
+    model = hooked("calibrated")
+    options: dict[str, Any] = {"cache_implementation": "quantized", "cache_config": {"backend": backend}}
+    for text in TEXTS[:2]:
+        ids = ids_of(text)
+        assert generate(model, ids, **options) == generate(plain(model), ids, **options)
+    sequence = hooked("sequence")
+    cache = DynamicCache(config=sequence.config)
+    generate(sequence, ids, past_key_values=cache)
+    made = sequence.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, return_dict_in_generate=True, **options
+    )
+    states = made.past_key_values.layers[5:]
+    for layer, exact in zip(states, cache.layers[5:], strict=True):
+        length = ids.shape[1]
+        assert layer.keys[0, 0, :length, 0].tolist() == list(range(1, length + 1))  # counts, not quantised
+        torch.testing.assert_close(layer.keys[:, :, 0], exact.keys[:, :, 0], rtol=0.1, atol=0.1)
+
+
+# ------------------------------------------------------------------ batches and beams
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_left_padded_batch(gate: str, cache: str) -> None:
+    model = hooked(gate)
+    batch = tiny_tokenizer(padding_side="left")(TEXTS, padding=True, return_tensors="pt")
+    batch.pop("token_type_ids", None)
+    made = model.generate(**batch, max_new_tokens=STEPS, do_sample=False, cache_implementation=cache)
+    expected = [reference(model, ids_of(text)) for text in TEXTS]
+    assert made[:, -STEPS:].tolist() == expected
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_beam_search(gate: str) -> None:
+    model = hooked(gate)
+    twin = plain(model)
+    for text in TEXTS[:3]:
+        ids = ids_of(text)
+        set_prompt(twin, ids.shape[1])
+        expected = generate(twin, ids, num_beams=3, use_cache=False)
+        assert generate(model, ids, num_beams=3) == expected
+
+
+# ------------------------------------------------------------------ drafts and crops
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_prompt_lookup(gate: str, family: str) -> None:
+    model = hooked(gate, family)
+    ids = torch.cat([ids_of(TEXTS[0])] * 2, dim=1)  # the prompt repeats itself: drafts are found at once
+    assert generate(model, ids, prompt_lookup_num_tokens=4) == reference(model, ids)
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("noise", [0.0, 0.02, 2.0])
+def test_assisted_decoding(gate: str, noise: float) -> None:
+    """With an assistant that is right always, mostly, and hardly ever."""
+    model = hooked(gate)
+    assistant = copy.deepcopy(model)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in assistant.parameters():
+            parameter.mul_(1 + noise * torch.randn_like(parameter))
+    for text in TEXTS[:2]:
+        ids = ids_of(text)
+        expected = reference(model, ids)
+        passes: list[int] = []
+        handle = model.register_forward_pre_hook(lambda *_, passes=passes: passes.append(1))
+        assert generate(model, ids, assistant_model=assistant) == expected
+        handle.remove()
+        if noise == 0:
+            assert len(passes) < STEPS  # drafts were accepted
+
+
+# ------------------------------------------------------------------ a cache used again
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("static", [False, True])
+def test_conversation_in_one_cache(gate: str, static: bool) -> None:
+    model = hooked(gate)
+    first = ids_of(TEXTS[0])
+    cache: Any = StaticCache(model.config, 200) if static else DynamicCache(config=model.config)
+    history = first
+    for text in TEXTS[1:3]:
+        made = model.generate(
+            history, attention_mask=torch.ones_like(history), max_new_tokens=6, do_sample=False, past_key_values=cache
+        )
+        assert made[0, -6:].tolist() == reference(model, history, 6, prompt=first.shape[1])
+        history = torch.cat([made, ids_of(text)], dim=1)
+    if static:
+        cache.reset()
+        assert generate(model, ids_of(TEXTS[3]), past_key_values=cache) == reference(model, ids_of(TEXTS[3]))
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_cropped_cache(gate: str) -> None:
+    """Back into the middle of an earlier pass, and on with other tokens."""
+    model = hooked(gate)
+    ids = ids_of(TEXTS[0])
+    cache = DynamicCache(config=model.config)
+    generate(model, ids, past_key_values=cache)
+    turn = ids_of(TEXTS[1])
+    history = torch.cat([ids, turn], dim=1)
+    cache.crop(ids.shape[1] - cache.get_seq_length())
+    with torch.no_grad():
+        model(turn, past_key_values=cache)  # the turn in one pass
+    cache.crop(-(turn.shape[1] // 2))
+    kept = history[:, : cache.get_seq_length()]
+    other = torch.cat([kept, ids_of(TEXTS[2])], dim=1)
+    assert generate(model, other, past_key_values=cache) == reference(model, other, prompt=ids.shape[1])
+
+
+def test_states_are_those_of_each_token() -> None:
+    model = hooked("sequence", dtype=torch.float64)
+    batch = tiny_tokenizer(padding_side="left")(TEXTS, padding=True, return_tensors="pt")
+    norms: list[Tensor] = []
+    hook = model.coachhook.hooks[0]
+    hook.register_forward_pre_hook(lambda module, args: norms.append(module.trace(args[0]).norm))
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(batch.input_ids, attention_mask=batch.attention_mask, past_key_values=cache)
+    states = cache.layers[5].keys[:, 0]
+    for row, mask in enumerate(batch.attention_mask.bool()):
+        real = norms[0][row][mask]
+        for token, state in enumerate(states[row][mask]):
+            seen = real[: token + 1]
+            expected = torch.stack([torch.tensor(token + 1.0), seen.mean(), ((seen - seen.mean()) ** 2).sum()])
+            torch.testing.assert_close(state, expected.double(), rtol=1e-9, atol=1e-9)
+
+
+# ------------------------------------------------------------------ what cuts a sequence
+
+
+def test_chunked_prefill() -> None:
+    model = hooked("calibrated")
+    for text in TEXTS[:2]:
+        ids = ids_of(text)
+        for size in (1, 5):
+            assert generate(model, ids, prefill_chunk_size=size) == reference(model, ids)
+    sequence = hooked("sequence")
+    for options in ({"prefill_chunk_size": 5}, {"generation_config": GenerationConfig(prefill_chunk_size=5)}):
+        with pytest.raises(ValueError, match="prefill_chunk_size=5"):
+            sequence.generate(ids, **options)
+
+
+def test_continuous_batching() -> None:
+    model = hooked("calibrated")
+    expected = [reference(model, ids_of(text)) for text in TEXTS]
+    config = GenerationConfig(max_new_tokens=STEPS, do_sample=False, eos_token_id=-1)
+    small = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64)
+    prompts = [ids_of(text)[0].tolist() for text in TEXTS]
+    outputs = model.generate_batch(prompts, generation_config=config, continuous_batching_config=small)
+    made = [output.generated_tokens for output in outputs.values()]
+    assert sorted(made) == sorted(expected)
+    with pytest.raises(ValueError, match="continuous batching"):
+        hooked("sequence").generate_batch([[5, 6, 7]], generation_config=config)
+
+
+@pytest.mark.parametrize("told_by", ["positions", "boundaries"])
+def test_packed_sequences(told_by: str) -> None:
+    """Documents behind one another in a row, each judged by its own tokens."""
+    model = hooked("sequence", dtype=torch.float64)
+    documents = [ids_of(text) for text in TEXTS]
+    positions = torch.cat([torch.arange(ids.shape[1]) for ids in documents])[None]
+    options: dict[str, Any] = {"position_ids": positions}
+    if told_by == "boundaries":
+        lengths = torch.tensor([0, *[ids.shape[1] for ids in documents]])
+        options["cu_seq_lens_q"] = lengths.cumsum(0)
+    traces: list[Any] = []
+    hook = model.coachhook.hooks[0]
+    hook.register_forward_pre_hook(lambda module, args: traces.append(module.trace(args[0])))
+    with torch.no_grad():
+        model(torch.cat(documents, dim=1), use_cache=False, **options)
+        for ids in documents:
+            model(ids, use_cache=False)
+    packed = traces[0].z[0].split([ids.shape[1] for ids in documents])
+    for found, alone in zip(packed, traces[1:], strict=True):
+        torch.testing.assert_close(found, alone.z[0], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"attention_mask": torch.ones(1, 1, 6, 6)}, "of 4 dimensions"),
+        ({"attention_mask": torch.tensor([[1, 1, 1, 2, 2, 2]])}, "larger values"),
+    ],
+)
+def test_sequence_refuses_what_hides_the_boundaries(options: dict[str, Any], message: str) -> None:
+    model = hooked("sequence")
+    with pytest.raises(ValueError, match=message):
+        model(torch.tensor([[5, 6, 7, 8, 9, 10]]), **options)
+
+
+def test_sequence_refuses_packed_tokens_behind_a_cache() -> None:
+    model = hooked("sequence")
+    cache = DynamicCache(config=model.config)
+    model(torch.tensor([[5, 6, 7]]), past_key_values=cache)
+    with pytest.raises(ValueError, match="packed sequences in a cache"):
+        model(torch.tensor([[8, 9, 8, 9]]), past_key_values=cache, position_ids=torch.tensor([[3, 4, 0, 1]]))
+
+
+# ------------------------------------------------------------------ threads, copies, unloading
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_threads_do_not_mix_their_sequences(gate: str) -> None:
+    model = hooked(gate)
+    expected = [reference(model, ids_of(text)) for text in TEXTS]
+    wrong: list[Any] = []
+
+    def work(texts: Sequence[str], rows: Sequence[list[int]]) -> None:
+        for text, row in zip(texts, rows, strict=True):
+            made = generate(model, ids_of(text))
+            if made != row:
+                wrong.append((text, made, row))
+
+    workers = [
+        threading.Thread(target=work, args=(TEXTS[shift:] + TEXTS[:shift], expected[shift:] + expected[:shift]))
+        for shift in range(4)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not wrong
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_a_deep_copy_is_a_model_of_its_own(gate: str) -> None:
+    model = hooked(gate)
+    copied = copy.deepcopy(model)
+    ids = ids_of(TEXTS[0])
+    expected = generate(model, ids)
+    copied.coachhook.disable()
+    with model.coachhook.disabled():
+        base = generate(model, ids)
+    assert generate(copied, ids) == base != expected
+    assert generate(model, ids) == expected
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_unload_leaves_nothing_behind(gate: str) -> None:
+    untouched = tiny_model("llama")
+    model = hooked(gate)
+    model.coachhook.unload()
+    assert set(model.__dict__) == set(untouched.__dict__)
+    assert not model._forward_hooks
+    assert not model._forward_pre_hooks
+    assert "generate" not in model.__dict__
+    ids = ids_of(TEXTS[0])
+    assert torch.equal(model(ids).logits, untouched(ids).logits)
