@@ -17,8 +17,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-# A direction counts as zero when it is below this many units of rounding of what was added or cancelled.
-_ROUNDING_UNITS = 32.0
+# A direction counts as zero when it is below this many units of rounding of what was added or cancelled. Residuals
+# carry rounding of their own, amplified by the condition of what U spans: a few units would let noise take a rank.
+_ROUNDING_UNITS = 128.0
 
 
 class LowRankDelta:

@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("triton")
-
 from coachhook_fast.ops import gated_linear_cuda as cuda
 from coachhook_fast.reference import gated_linear as reference
 from coachhook_fast.sketch import make_sketch
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.filterwarnings("ignore:::triton.runtime.interpreter")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -62,9 +63,6 @@ def check(name: str, x: Tensor, delta: tuple, threshold: Tensor, sketch: Tensor 
     assert torch.equal(ours[1], exact[1]), name
     assert_as_good(ours[0], plain[0], exact[0])
     torch.testing.assert_close(ours[2].double(), exact[2], rtol=1e-2 if x.dtype != torch.float32 else 1e-4, atol=1e-4)
-    again = cuda.gated_linear(x, weight, bias, U, B, threshold, sketch, **kw)
-    assert torch.equal(again[0], ours[0]), name
-    assert torch.equal(again[1], ours[1]), name
 
 
 @pytest.fixture(params=WAYS)
@@ -74,20 +72,27 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("tokens", "m", "d", "r"), [(1, 37, 70, 9), (19, 70, 150, 33)])
-@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize(("tokens", "m", "d", "r", "dense"), [(1, 37, 70, 9, True), (19, 40, 130, 33, False)])
 def test_calibrated(way: str, dtype: torch.dtype, tokens: int, m: int, d: int, r: int, dense: bool) -> None:
     x, weight, bias, U, B = problem(tokens, m, d, r, dtype, dense=dense)
     check(way, x, (weight, bias, U, B), between(reference.delta_norm(x, B)))
 
 
+def test_the_same_input_gives_the_same_bits(way: str) -> None:
+    x, weight, bias, U, B = problem(17, 40, 130, 20, torch.float32)
+    threshold = between(reference.delta_norm(x, B))
+    first, second = (cuda.gated_linear(x, weight, bias, U, B, threshold) for _ in range(2))
+    assert torch.equal(first[0], second[0])
+    assert torch.equal(first[1], second[1])
+
+
 @pytest.mark.parametrize("dense", [False, True])
 def test_two_stages_decide_as_one(way: str, dense: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "TWO_STAGE_DECODE_TOKENS", 64)
-    x, weight, bias, U, B = problem(23, 70, 96, 64, torch.float32, dense=dense)
+    x, weight, bias, U, B = problem(13, 40, 48, 36, torch.float32, dense=dense)
     threshold = between(reference.delta_norm(x, B))
-    check(way, x, (weight, bias, U, B), threshold, make_sketch(B, 1e-9, rows=40))
-    check(way, x, (weight, bias, U, B), threshold * 100, make_sketch(B, 1e-9, rows=40))
+    check(way, x, (weight, bias, U, B), threshold, make_sketch(B, 1e-9, rows=24))
+    check(way, x, (weight, bias, U, B), threshold * 100, make_sketch(B, 1e-9, rows=24))
 
 
 def test_sequence_padded_and_packed(way: str) -> None:
@@ -98,12 +103,11 @@ def test_sequence_padded_and_packed(way: str) -> None:
     state = torch.tensor([[4.0, 1.0, 3.0], [0.0, 0.0, 0.0], [1.0, 0.5, 0.0]], device=DEVICE)
     padded = x.view(3, 11, -1).clone()
     padded[~mask] = float("nan")  # padding may hold anything
-    for before in (None, state):
-        check(way, x.view(3, 11, -1), delta, alpha, gate="sequence", mask=mask, state=before)
-        kept = cuda.gated_linear(padded, *delta, alpha, None, "sequence", mask, None, before)
-        whole = cuda.gated_linear(x.view(3, 11, -1), *delta, alpha, None, "sequence", mask, None, before)
-        assert torch.equal(kept[0][mask], whole[0][mask])
-        assert not bool(kept[1][~mask].any())
+    check(way, x.view(3, 11, -1), delta, alpha, gate="sequence", mask=mask)
+    whole = cuda.gated_linear(x.view(3, 11, -1), *delta, alpha, None, "sequence", mask, None, state)
+    kept = cuda.gated_linear(padded, *delta, alpha, None, "sequence", mask, None, state)
+    assert torch.equal(kept[0][mask], whole[0][mask])
+    assert not bool(kept[1][~mask].any())
     bounds = torch.tensor([0, 6, 6, 30], dtype=torch.int32, device=DEVICE)
     check(way, x, delta, alpha, gate="sequence", cu_seqlens=bounds, state=state)
 
