@@ -34,6 +34,7 @@ from coachhook_fast.progress import track
 from coachhook_fast.request import EditRequest, TokenisedRequest, tokenise_batch
 from coachhook_fast.statistics import KeyStatistics
 from coachhook_fast.statistics_cache import model_statistics
+from coachhook_fast.target_cache import TargetCache
 from coachhook_fast.targets import optimise
 
 # An edit with more than this share of its residual left at the end did not go in.
@@ -190,9 +191,11 @@ class Editor:
             pad_id = self._pad_id
             limit = self.config.max_batch_tokens
             v0 = bare_outputs(self.partial, self.layers[-1], tokens, pad_id=pad_id, max_tokens=limit)
+            cache = TargetCache(self.edit_set, tokens)
+            bar.advance(len(cache.found), "found before")
             found = optimise(
-                self.partial, self.layers[-1], tokens, v0, self.config,
-                pad_id=pad_id, whole_rows=self.config.gate == "sequence", bar=bar,
+                self.partial, self.layers[-1], tokens, v0, self.config, pad_id=pad_id,
+                whole_rows=self.config.gate == "sequence", bar=bar, known=cache.found, keep=cache.keep,
             )  # fmt: skip
             values = torch.stack([target.value for target in found], dim=1)
             tell("values", self.layers[-1], V=values)
@@ -213,6 +216,7 @@ class Editor:
                 time.monotonic() - started, tuple(updates), edited.thresholds,
             )  # fmt: skip
             self._commit(edited.with_batch(batch))
+            cache.discard()
         for outcome in outcomes:
             if outcome.residual_left > RESIDUAL_LEFT_LIMIT:
                 _warn_weak(outcome)

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from coachhook_fast.corpus import pack_rows
+from coachhook_fast.distributed import ranks
 from coachhook_fast.forward import PartialModel, frozen
 from coachhook_fast.progress import track
 
@@ -122,7 +123,7 @@ class KeyAccumulator:
 
     def merge_ranks(self) -> None:
         """Adds up the ranks' sums and joins their samples; every rank ends with the same."""
-        if not _distributed():
+        if ranks()[1] == 1:
             return
         count = torch.tensor(float(self.tokens), dtype=torch.float64, device=self.sums[self.layers[0]].device)
         dist.all_reduce(count)
@@ -195,7 +196,7 @@ def collect(
     Raises:
         ValueError: a key is not finite, or the documents are empty.
     """
-    rank, world = (dist.get_rank(), dist.get_world_size()) if _distributed() else (0, 1)
+    rank, world = ranks()
     if checkpoint is not None and world > 1:
         checkpoint = checkpoint.with_suffix(f".{rank}of{world}")
     accumulator = KeyAccumulator(layers, sample_size)
@@ -247,10 +248,6 @@ def _keys(partial: PartialModel, rows: list[tuple[Tensor, Tensor]], layers: Sequ
         if not bool(torch.isfinite(found).all()):
             raise ValueError(f"layer {layer} gives keys that are not finite: the model's weights or dtype are at fault")
     return keys
-
-
-def _distributed() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _save_atomically(tensors: dict[str, Tensor], metadata: dict[str, str], path: Path) -> None:

@@ -104,9 +104,9 @@ def test_unknown_architectures_name_their_modules() -> None:
     with pytest.raises(ValueError, match=r"architecture 'novel' is not known .* layer_module_tmp='model.layers.\{\}'"):
         Editor(model, tiny_tokenizer(), CONFIG)
     templates = {"layer_module_tmp": "model.layers.{}", "rewrite_module_tmp": "model.layers.{}.mlp.down_proj"}
-    with pytest.raises(ValueError, match="rewrite_module_tmp must be a module path with one '{}'"):
+    with pytest.raises(ValueError, match=r"rewrite_module_tmp must be a module path with one '\{\}'"):
         Editor(model, tiny_tokenizer(), CONFIG.replace(layer_module_tmp="model.layers.{}"))
-    with pytest.raises(ValueError, match="rewrite_module_tmp 'model.layers.{}.mlp.nothing' names no module"):
+    with pytest.raises(ValueError, match=r"rewrite_module_tmp 'model.layers.\{\}.mlp.nothing' names no module"):
         Editor(
             model,
             tiny_tokenizer(),
@@ -227,7 +227,7 @@ def test_an_edit_set_of_another_model_or_setting_is_refused(tmp_path: Path) -> N
     with pytest.raises(ValueError, match="edits belong to another base model"):
         Editor(other, tiny_tokenizer(), edits=tmp_path)
     assert not any(isinstance(module, HookLinear) for module in other.modules())
-    with pytest.raises(ValueError, match="mom2_update_weight is 7.0, but the edits to go on from were made with 5.0"):
+    with pytest.raises(ValueError, match=r"mom2_update_weight is 7.0, but the edits to go on from were made with 5.0"):
         Editor(tiny_model("llama"), tiny_tokenizer(), CONFIG.replace(mom2_update_weight=7.0), edits=tmp_path)
 
 
@@ -238,6 +238,44 @@ def test_bf16_serves_what_fp32_edited(tmp_path: Path) -> None:
     model = tiny_model("llama").to(torch.bfloat16)
     load_edits(model, tmp_path)
     assert model.coachhook.hooks[0].delta.dtype == torch.bfloat16
+
+
+def test_one_subject_twice_in_a_batch_goes_in_where_the_plain_update_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = [EditRequest("{} works as a", "Ada Vale", "pilot"), EditRequest("{} was born in", "Ada Vale", "Oslo")]
+    open_gate = {"threshold_rule": "fpr", "threshold_fpr": 0.99, "context_seeds": ()}
+    config = CONFIG.replace(mom2_update_weight=0.01, clamp_norm_factor=0.75, **open_gate)
+
+    def residual_left() -> float:
+        return max(outcome.residual_left for outcome in edit(make(config=config), pair).outcomes)
+
+    merged = residual_left()
+    monkeypatch.setattr("coachhook_fast.targets._merged", lambda batch, known: [[i] for i in range(len(batch))])
+    plain = residual_left()
+    assert merged < 0.15
+    assert plain > 0.4  # one key cannot have two values: each gets the mean
+
+
+def test_targets_found_before_an_interrupt_are_reused(monkeypatch: pytest.MonkeyPatch) -> None:
+    editor = make(config=CONFIG.replace(max_batch_tokens=1))
+    asked: list[int] = []
+    from coachhook_fast import targets
+
+    real = targets.TargetRows.build.__func__  # type: ignore[attr-defined]
+
+    def build(cls: Any, *args: Any) -> Any:
+        asked.append(1)
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return real(cls, *args)
+
+    monkeypatch.setattr(targets.TargetRows, "build", classmethod(build))
+    with pytest.raises(KeyboardInterrupt):
+        edit(editor, facts(4))
+    batch = edit(editor, facts(4))
+    assert len(asked) == 3 + 2  # two were known
+    untroubled = edit(make(config=CONFIG.replace(max_batch_tokens=1)), facts(4))
+    for one, other in zip(batch.layers, untroubled.layers, strict=True):
+        torch.testing.assert_close(one.residuals, other.residuals, rtol=1e-4, atol=1e-5)
 
 
 class TestBadInput:
@@ -286,7 +324,7 @@ def test_config_refuses_what_it_does_not_know(tmp_path: Path) -> None:
         EditConfig.from_dict({"v_learning_rate": 1})
     with pytest.raises(ValueError, match="layers must be ascending without repeats, got"):
         EditConfig(layers=(3, 2))
-    with pytest.raises(TypeError, match="v_lr must be a number, got '0.5'"):
+    with pytest.raises(TypeError, match=r"v_lr must be a number, got '0.5'"):
         EditConfig(v_lr="0.5")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="gate must be one of"):
         EditConfig(gate="soft")

@@ -13,7 +13,8 @@ from coachhook_fast.architectures import layout_of
 from coachhook_fast.forward import PartialModel, frozen
 from coachhook_fast.keys import bare_outputs
 from coachhook_fast.request import TokenisedRequest
-from coachhook_fast.targets import optimise
+from coachhook_fast.target_rows import TargetRows
+from coachhook_fast.targets import Target, optimise
 
 CONTEXTS = ["Therefore the rain", "Because of", "I"]
 
@@ -84,6 +85,66 @@ def test_a_batch_equals_one_at_a_time(family: str) -> None:
     tolerance = 1e-9 if family in ("gpt2", "llama") else 1e-4  # the others compute their softmax in fp32
     for target, (value, _) in zip(found, wanted, strict=True):
         assert float((target.value - value).norm() / value.norm()) < tolerance
+
+
+def solve(requests: list[EditRequest], **options: Any) -> list[Target]:
+    model, tokenizer = tiny_model("llama", dtype=torch.float64), tiny_tokenizer()
+    partial = PartialModel(model, layout_of(model))
+    batch = [request.tokenise(tokenizer, CONTEXTS) for request in requests]
+    config = EditConfig(v_num_grad_steps=4, max_batch_tokens=options.pop("max_batch_tokens", 4000))
+    with frozen(model):
+        v0 = bare_outputs(partial, 2, batch, pad_id=0, max_tokens=400)
+        return optimise(partial, 2, batch, v0, config, pad_id=0, whole_rows=False, **options)
+
+
+def requests_of(n: int) -> list[EditRequest]:
+    return [EditRequest(**fact) for fact in tiny_facts(n)]
+
+
+def test_a_group_that_does_not_fit_is_halved(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = solve(requests_of(5))
+    real, sizes = TargetRows.build.__func__, []  # type: ignore[attr-defined]
+
+    def build(cls: Any, partial: Any, last: int, batch: Any, *rest: Any) -> Any:
+        sizes.append(len(batch))
+        if len(batch) > 2:
+            raise torch.OutOfMemoryError("no room")
+        return real(cls, partial, last, batch, *rest)
+
+    monkeypatch.setattr(TargetRows, "build", classmethod(build))
+    for target, expected in zip(solve(requests_of(5)), wanted, strict=True):
+        torch.testing.assert_close(target.value, expected.value, rtol=1e-9, atol=1e-9)
+    assert sizes == [5, 2, 3, 1, 2]
+    monkeypatch.setattr(TargetRows, "build", classmethod(_no_room))
+    with pytest.raises(torch.OutOfMemoryError):
+        solve(requests_of(2))
+
+
+def _no_room(*_: Any) -> Any:
+    raise torch.OutOfMemoryError("no room")
+
+
+def test_known_targets_are_not_sought_again() -> None:
+    kept: list[dict[int, Target]] = []
+    wanted = solve(requests_of(4), keep=kept.append, max_batch_tokens=1)
+    assert [list(part) for part in kept] != [[0, 1, 2, 3]]
+    assert sorted(index for part in kept for index in part) == [0, 1, 2, 3]
+    known = {1: wanted[1], 3: Target(torch.full_like(wanted[3].value, 7.0), 0.1, 2)}
+    kept.clear()
+    found = solve(requests_of(4), known=known, keep=kept.append)
+    assert sorted(index for part in kept for index in part) == [0, 2]
+    assert torch.equal(found[3].value, known[3].value)
+    torch.testing.assert_close(found[2].value, wanted[2].value, rtol=1e-9, atol=1e-9)
+
+
+def test_requests_about_one_subject_share_their_change() -> None:
+    pair = [EditRequest("{} works as a", "Ada Vale", "pilot"), EditRequest("{} was born in", "Ada Vale", "Oslo")]
+    other = requests_of(1)
+    one, two, alone = solve([pair[0], pair[1], *other])
+    # The subject opens both prompts: same v0, so the same δ means the same value.
+    torch.testing.assert_close(one.value, two.value, rtol=1e-12, atol=1e-12)
+    assert one.steps == two.steps
+    torch.testing.assert_close(alone.value, solve(other)[0].value, rtol=1e-9, atol=1e-9)
 
 
 def test_a_model_without_numbers_is_reported() -> None:

@@ -1,0 +1,97 @@
+"""The rows of some requests, cut down to what a step of the target optimisation must compute."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from coachhook_fast.forward import PartialModel, TokenBatch, align_rows
+from coachhook_fast.prefix_cache import PrefixCache
+from coachhook_fast.request import TokenisedRequest
+
+
+@dataclass(frozen=True)
+class TargetRows:
+    """The rows of some requests from the lookup position on, with all that comes before them as fixed tensors.
+
+    Request i has rows i·R … i·R + R − 1: R − 1 contexts with prompt and target, and "{subject} is a" last.
+
+    Attributes:
+        hidden: [N, q, m] clean output of the last edited block from the lookup column on.
+        cache: keys and values of the columns before, in the blocks above.
+        request, row, column, targets, weights: [P], one entry a predicted target token: its request, the row within
+            the request, the column that predicts it (0 is the lookup position), the token, and its share of the loss
+            (1 / contexts / target tokens).
+    """
+
+    tokens: TokenBatch
+    hidden: Tensor
+    cache: PrefixCache
+    rows_each: int
+    request: Tensor
+    row: Tensor
+    column: Tensor
+    targets: Tensor
+    weights: Tensor
+
+    @classmethod
+    @torch.no_grad()
+    def build(
+        cls,
+        partial: PartialModel,
+        last: int,
+        batch: Sequence[TokenisedRequest],
+        pad_id: int,
+        whole_rows: bool,
+    ) -> TargetRows:
+        texts: list[list[int]] = []
+        lookups: list[int] = []
+        predictions: list[tuple[int, int, int, int]] = []
+        weights: list[float] = []
+        for position, tokens in enumerate(batch):
+            for number, row in enumerate(tokens.rows):
+                fed = row.target if whole_rows else row.target[:-1]
+                texts.append([*row.prompt, *fed])
+                lookups.append(row.lookup)
+                first = len(row.prompt) - 1 - row.lookup
+                predictions += [(position, number, first + i, token) for i, token in enumerate(row.target)]
+                weights += [1.0 / len(tokens.rows) / len(row.target)] * len(row.target)
+            texts.append(list(tokens.kl.prompt if whole_rows else tokens.kl.prompt[: tokens.kl.lookup + 1]))
+            lookups.append(tokens.kl.lookup)
+        padded = align_rows(texts, lookups, pad_id, partial.device)
+        _, below = partial.run(padded.columns(0), until=last, outputs=[last])
+        hidden = below.outputs[last]
+        cache = PrefixCache.fill(partial, last, padded, hidden)
+        request, row_number, column, targets = torch.tensor(predictions, device=partial.device).unbind(1)
+        return cls(
+            tokens=padded,
+            hidden=hidden[:, padded.lookup :],
+            cache=cache,
+            rows_each=len(batch[0].rows) + 1,
+            request=request,
+            row=row_number,
+            column=column,
+            targets=targets,
+            weights=torch.tensor(weights, dtype=torch.float64, device=partial.device),
+        )
+
+    def select(self, kept: Tensor) -> TargetRows:
+        """The rows of the requests `kept` (positions, ascending)."""
+        rows = (kept[:, None] * self.rows_each + torch.arange(self.rows_each, device=kept.device)).flatten()
+        renumbered = torch.full((int(self.request.max()) + 1,), -1, device=kept.device)
+        renumbered[kept] = torch.arange(kept.numel(), device=kept.device)
+        mine = renumbered[self.request] >= 0
+        return replace(
+            self,
+            tokens=self.tokens.select(rows),
+            hidden=self.hidden[rows],
+            cache=self.cache.select(rows),
+            request=renumbered[self.request][mine],
+            row=self.row[mine],
+            column=self.column[mine],
+            targets=self.targets[mine],
+            weights=self.weights[mine],
+        )
