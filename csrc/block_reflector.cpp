@@ -15,8 +15,6 @@
 namespace coachhook {
 namespace {
 
-constexpr int64_t kMaxRows = 192;
-
 COACHHOOK_CLONES double dot(const double* a, const double* b, int64_t n) {
   double sum = 0;
 #pragma omp simd reduction(+ : sum)
@@ -91,12 +89,6 @@ bool reflect_columns(Mode mode, T* D, int64_t ldd, T* K, int64_t ld, int64_t n) 
 }  // namespace
 
 template <typename T>
-int64_t rows_per_task(int64_t ld) {
-  const int64_t fitting = (16 * 1024 / static_cast<int64_t>(sizeof(T))) / ld;
-  return std::clamp<int64_t>(fitting / 24 * 24, 24, kMaxRows);
-}
-
-template <typename T>
 PanelReflectors<T>::PanelReflectors(int64_t width, int64_t n, int64_t ld)
     : blocks(width / kBlock),
       n(n),
@@ -125,40 +117,48 @@ void PanelReflectors<T>::set(int64_t index, Mode mode, const T* W) {
   const auto& gemm = micro_gemm<T>();
   T* r = R.data() + index * n * kBlock;
   std::fill_n(r, n * kBlock, T(0));
-  (mode == Mode::kUpdate ? gemm.add : gemm.sub)(r, kBlock, n, kBlock, W, 1, ld, kBlock, inverse, kBlock);
+  (mode == Mode::kUpdate ? gemm.add : gemm.sub)(r, kBlock, n, kBlock, W, 1, ld, kBlock, inverse, kBlock,
+                                                nullptr, 0);
   T* s = S.data() + index * kBlock * ld;
   for (int64_t i = 0; i < kBlock * ld; ++i) s[i] = mode == Mode::kUndo ? -W[i] : W[i];
 }
 
 template <typename T>
 void PanelReflectors<T>::apply(int64_t index, T* A, int64_t row_stride, int64_t column_stride, T* K,
-                               int64_t rows) const {
+                               int64_t rows, const T* soon, int64_t soon_count) const {
   const auto& gemm = micro_gemm<T>();
   const T* inverse = N.data() + index * kBlock * kBlock;
   T* a = A + index * kBlock * column_stride;
-  alignas(64) T M[kMaxRows * kBlock];
-  for (int64_t done = 0; done < rows; done += kMaxRows) {
-    const int64_t count = std::min(rows - done, kMaxRows);
+  alignas(64) T M[kRowGroup * kBlock];
+  for (int64_t done = 0; done < rows; done += kRowGroup) {
+    const int64_t count = std::min(rows - done, kRowGroup);
     T* part = a + done * row_stride;
     T* k = K + done * ld;
-    std::fill_n(M, count * kBlock, T(0));
-    gemm.add(M, kBlock, count, kBlock, part, row_stride, column_stride, kBlock, inverse, kBlock);
-    gemm.add(M, kBlock, count, kBlock, k, ld, 1, n, R.data() + index * n * kBlock, kBlock);
+    gemm.set(M, kBlock, count, kBlock, part, row_stride, column_stride, kBlock, inverse, kBlock, soon,
+             soon_count);
+    gemm.add(M, kBlock, count, kBlock, k, ld, 1, n, R.data() + index * n * kBlock, kBlock, nullptr, 0);
     for (int64_t r = 0; r < count; ++r) {
       for (int64_t c = 0; c < kBlock; ++c) {
         T& value = part[r * row_stride + c * column_stride];
         value = M[r * kBlock + c] - value;
       }
     }
-    gemm.sub(k, ld, count, ld, M, kBlock, 1, kBlock, S.data() + index * kBlock * ld, ld);
+    gemm.sub(k, ld, count, ld, M, kBlock, 1, kBlock, S.data() + index * kBlock * ld, ld, nullptr, 0);
   }
 }
 
 template <typename T>
 void PanelReflectors<T>::apply_all(Mode mode, T* A, int64_t row_stride, int64_t column_stride, T* K,
                                    int64_t rows) const {
-  for (int64_t i = 0; i < blocks; ++i) {
-    apply(mode == Mode::kUndo ? blocks - 1 - i : i, A, row_stride, column_stride, K, rows);
+  // a group of rows goes through all blocks while it is in the cache; the next group is fetched meanwhile
+  for (int64_t row = 0; row < rows; row += kRowGroup) {
+    T* a = A + row * row_stride;
+    const int64_t share = column_stride == 1 && row + kRowGroup < rows ? kRowGroup * kBlock : 0;
+    for (int64_t i = 0; i < blocks; ++i) {
+      const int64_t index = mode == Mode::kUndo ? blocks - 1 - i : i;
+      apply(index, a, row_stride, column_stride, K + row * ld, std::min(kRowGroup, rows - row),
+            a + kRowGroup * row_stride + i * share, share);
+    }
   }
 }
 
@@ -172,12 +172,12 @@ bool transform_panel(Mode mode, T* D, int64_t padded, T* K, PanelReflectors<T>& 
     if (mode == Mode::kUndo) {
       reflectors.set(index, mode, k);
       std::fill_n(k, kBlock * ld, T(0));  // where the keys were rotated to nothing
-      reflectors.apply(index, D + c * padded, padded, 1, k, padded - c);
+      reflectors.apply(index, D + c * padded, padded, 1, k, padded - c, nullptr, 0);
     } else {
       if (!reflect_columns(mode, D + c * padded + c, padded, k, ld, reflectors.n)) return false;
       reflectors.set(index, mode, k);
       const int64_t below = c + kBlock;
-      reflectors.apply(index, D + below * padded, padded, 1, K + below * ld, padded - below);
+      reflectors.apply(index, D + below * padded, padded, 1, K + below * ld, padded - below, nullptr, 0);
     }
   }
   return true;
@@ -190,12 +190,13 @@ void solve_lower(const T* D, int64_t padded, T* K, int64_t ld) {
     T* k = K + c * ld;
     for (int64_t i = 0; i < kBlock; ++i) {
       const T* row = D + (c + i) * padded + c;
-      gemm.sub(k + i * ld, ld, 1, ld, row, 0, 1, i, k, ld);
+      gemm.sub(k + i * ld, ld, 1, ld, row, 0, 1, i, k, ld, nullptr, 0);
       const T scale = T(1) / row[i];
       for (int64_t j = 0; j < ld; ++j) k[i * ld + j] *= scale;
     }
     const int64_t below = c + kBlock;
-    gemm.sub(K + below * ld, ld, padded - below, ld, D + below * padded + c, padded, 1, kBlock, k, ld);
+    gemm.sub(K + below * ld, ld, padded - below, ld, D + below * padded + c, padded, 1, kBlock, k, ld,
+             nullptr, 0);
   }
 }
 
@@ -206,17 +207,17 @@ void solve_lower_transposed(const T* D, int64_t padded, T* K, int64_t ld) {
     T* k = K + c * ld;
     for (int64_t i = kBlock - 1; i >= 0; --i) {
       const T* column = D + (c + i) * padded + c + i;  // D(c + i, c + i), and below it D(c + j, c + i)
-      gemm.sub(k + i * ld, ld, 1, ld, column + padded, 0, padded, kBlock - 1 - i, k + (i + 1) * ld, ld);
+      gemm.sub(k + i * ld, ld, 1, ld, column + padded, 0, padded, kBlock - 1 - i, k + (i + 1) * ld, ld,
+               nullptr, 0);
       const T scale = T(1) / column[0];
       for (int64_t j = 0; j < ld; ++j) k[i * ld + j] *= scale;
     }
-    gemm.sub(K, ld, c, ld, D + c * padded, 1, padded, kBlock, k, ld);
+    gemm.sub(K, ld, c, ld, D + c * padded, 1, padded, kBlock, k, ld, nullptr, 0);
   }
 }
 
 #define COACHHOOK_INSTANTIATE(T)                                                \
   template struct PanelReflectors<T>;                                           \
-  template int64_t rows_per_task<T>(int64_t);                                   \
   template bool transform_panel<T>(Mode, T*, int64_t, T*, PanelReflectors<T>&); \
   template void solve_lower<T>(const T*, int64_t, T*, int64_t);                 \
   template void solve_lower_transposed<T>(const T*, int64_t, T*, int64_t);

@@ -14,6 +14,9 @@
 
 namespace coachhook {
 
+// Rows that go through a panel together: a multiple of every tile height of micro_gemm.
+constexpr int64_t kRowGroup = 24;
+
 enum class Mode { kUpdate, kUndo, kDowndate };
 
 // The block reflectors of a panel, ready to be applied.
@@ -23,8 +26,10 @@ struct PanelReflectors {
 
   // Block `index` from its w's, W [kBlock, ld] row-major (columns past n are zero).
   void set(int64_t index, Mode mode, const T* W);
-  // rows of [A K]; A(r, c) = A[r * row_stride + c * column_stride] over the panel's columns, K [rows, ld].
-  void apply(int64_t index, T* A, int64_t row_stride, int64_t column_stride, T* K, int64_t rows) const;
+  // rows of [A K]; A(r, c) = A[r * row_stride + c * column_stride] over the panel's columns, K [rows, ld];
+  // `soon` as in micro_gemm.h.
+  void apply(int64_t index, T* A, int64_t row_stride, int64_t column_stride, T* K, int64_t rows,
+             const T* soon, int64_t soon_count) const;
   // All blocks in the order that the mode asks for.
   void apply_all(Mode mode, T* A, int64_t row_stride, int64_t column_stride, T* K, int64_t rows) const;
 
@@ -33,10 +38,6 @@ struct PanelReflectors {
   std::vector<T> R;  // [blocks, n, kBlock]     = +-W^T N
   std::vector<T> S;  // [blocks, kBlock, ld]    = +-W
 };
-
-// Rows that one task takes at a time, so that their part of K stays in the first cache.
-template <typename T>
-int64_t rows_per_task(int64_t ld);
 
 void unpack_triangle(const auto* packed, auto* D, int64_t width, int64_t padded) {
   for (int64_t r = 0; r < padded; ++r) {

@@ -117,24 +117,30 @@ at::Tensor columns(const SweepBuffers& b, const at::Tensor& padded) {
 }
 
 void forward(FactorSweep& sweep, int64_t panels) {
-  for (int64_t i = 0; i < panels; ++i) {
-    stop_if_interrupted();
-    sweep.forward(i);
-  }
+  sweep.run([&] {
+    for (int64_t i = 0; i < panels; ++i) {
+      stop_if_interrupted();
+      sweep.forward(i);
+    }
+  });
 }
 
 void backward(FactorSweep& sweep, int64_t panels) {
-  for (int64_t i = panels - 1; i >= 0; --i) {
-    stop_if_interrupted();
-    sweep.backward(i);
-  }
+  sweep.run([&] {
+    for (int64_t i = panels - 1; i >= 0; --i) {
+      stop_if_interrupted();
+      sweep.backward(i);
+    }
+  });
 }
 
 // Adds keys to the first `panels` panels without looking at interrupts: the way back from a downdate.
 void restore_downdated(const Arguments& a, int64_t item, int64_t panels) {
   const SweepBuffers b = make_buffers(a, item, /*keys=*/true, /*rhs=*/false);
   const auto sweep = make_sweep(b);
-  for (int64_t i = 0; i < panels; ++i) sweep->rotate(Mode::kUpdate, i);
+  sweep->run([&] {
+    for (int64_t i = 0; i < panels; ++i) sweep->rotate(Mode::kUpdate, i);
+  });
 }
 
 // s = diag(K^T C^-1 K) from the rows of the identity: with P what they became, P P^T = S^-1, S = I + Y^T Y,
@@ -165,21 +171,30 @@ void update_all(const Arguments& a, Solution* solution) {
     buffers.push_back(make_buffers(a, item, /*keys=*/true, /*rhs=*/solution != nullptr));
     sweeps.push_back(make_sweep(buffers.back()));
   }
-  int64_t done = 0;
+  int64_t item = 0, done = 0;  // panels of `item`
   try {
-    for (; done < a.batch * panels; ++done) {
-      stop_if_interrupted();
-      sweeps[done / panels]->rotate(Mode::kUpdate, done % panels);
+    for (; item < a.batch; ++item, done = 0) {
+      sweeps[item]->run([&] {
+        for (; done < panels; ++done) {
+          stop_if_interrupted();
+          sweeps[item]->rotate(Mode::kUpdate, done);
+        }
+      });
     }
-    for (int64_t item = 0; solution != nullptr && item < a.batch; ++item) {
-      const SweepBuffers& b = buffers[item];
-      solution->s.view({a.batch, a.n}).select(0, item).copy_(strength_of(b));
-      backward(*sweeps[item], panels);
-      solution->X.view({a.batch, a.d, a.n}).select(0, item).copy_(columns(b, b.rhs));
+    for (int64_t i = 0; solution != nullptr && i < a.batch; ++i) {
+      const SweepBuffers& b = buffers[i];
+      solution->s.view({a.batch, a.n}).select(0, i).copy_(strength_of(b));
+      backward(*sweeps[i], panels);
+      solution->X.view({a.batch, a.d, a.n}).select(0, i).copy_(columns(b, b.rhs));
     }
     stop_if_interrupted();
   } catch (...) {
-    while (--done >= 0) sweeps[done / panels]->rotate(Mode::kUndo, done % panels);
+    for (; item >= 0; --item, done = panels) {
+      if (item == a.batch) continue;
+      sweeps[item]->run([&] {
+        while (--done >= 0) sweeps[item]->rotate(Mode::kUndo, done);
+      });
+    }
     throw;
   }
 }
@@ -365,10 +380,12 @@ void chol_downdate(at::Tensor& L, const at::Tensor& K) {
   try {
     for (; item < a.batch; ++item, done = 0) {
       const auto sweep = make_sweep(buffers[item]);
-      for (; done < panels; ++done) {
-        stop_if_interrupted();
-        TORCH_CHECK_VALUE(sweep->rotate(Mode::kDowndate, done), refusal, "0 (of 1) in factor ", item);
-      }
+      sweep->run([&] {
+        for (; done < panels; ++done) {
+          stop_if_interrupted();
+          TORCH_CHECK_VALUE(sweep->rotate(Mode::kDowndate, done), refusal, "0 (of 1) in factor ", item);
+        }
+      });
     }
     stop_if_interrupted();
   } catch (...) {

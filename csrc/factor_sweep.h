@@ -3,6 +3,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <functional>
 #include <memory>
 
 #include "block_reflector.h"
@@ -22,6 +23,9 @@ struct SweepBuffers {
 class FactorSweep {
  public:
   virtual ~FactorSweep() = default;
+  // Runs `body`, which calls the steps below, with whatever helpers the device offers. Exceptions pass
+  // through.
+  virtual void run(const std::function<void()>& body) { body(); }
   // Rotates panel `index` and the rows below it; false, with the panel untouched, when a downdate is not
   // possible.
   virtual bool rotate(Mode mode, int64_t index) = 0;

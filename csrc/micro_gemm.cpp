@@ -5,6 +5,8 @@
 namespace coachhook {
 namespace {
 
+enum class Op { kSet, kAdd, kSubtract };
+
 #define ALWAYS_INLINE inline __attribute__((always_inline))
 
 // BYTES wide vectors of T. The templates carry no target of their own: they are inlined into the entry points
@@ -14,8 +16,27 @@ struct Vector {
   typedef T type __attribute__((vector_size(BYTES), aligned(alignof(T)), may_alias));
 };
 
+// Asks for the next stretch of memory, some lines at every tile. The hardware's own prefetchers stop at each
+// page and do not see short rows coming.
+struct Ahead {
+  const char* next;
+  const char* end;
+  int64_t bytes_a_tile;
+
+  template <typename T>
+  Ahead(const T* begin, int64_t count, int64_t tiles)
+      : next(reinterpret_cast<const char*>(begin)),
+        end(next + count * static_cast<int64_t>(sizeof(T))),
+        bytes_a_tile((end - next + tiles - 1) / tiles) {}
+
+  ALWAYS_INLINE void step() {
+    const char* stop = std::min(next + bytes_a_tile, end);
+    for (; next < stop; next += 64) __builtin_prefetch(next);
+  }
+};
+
 // A tile of R rows and V vectors stays in registers for the whole inner dimension.
-template <typename T, int BYTES, int R, int V, bool ADD>
+template <typename T, int BYTES, int R, int V, Op OP>
 ALWAYS_INLINE void tile(T* C, int64_t ldc, const T* A, int64_t row_stride, int64_t inner_stride,
                         int64_t inner, const T* B, int64_t ldb) {
   using vec = typename Vector<T, BYTES>::type;
@@ -24,7 +45,13 @@ ALWAYS_INLINE void tile(T* C, int64_t ldc, const T* A, int64_t row_stride, int64
 #pragma GCC unroll 32
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) acc[r][v] = *reinterpret_cast<const vec*>(C + r * ldc + v * LANES);
+    for (int v = 0; v < V; ++v) {
+      if constexpr (OP == Op::kSet) {
+        acc[r][v] = vec{};
+      } else {
+        acc[r][v] = *reinterpret_cast<const vec*>(C + r * ldc + v * LANES);
+      }
+    }
   }
   for (int64_t k = 0; k < inner; ++k) {
     vec b[V];
@@ -35,10 +62,10 @@ ALWAYS_INLINE void tile(T* C, int64_t ldc, const T* A, int64_t row_stride, int64
       const T a = A[r * row_stride + k * inner_stride];
 #pragma GCC unroll 8
       for (int v = 0; v < V; ++v) {
-        if constexpr (ADD) {
-          acc[r][v] += a * b[v];
-        } else {
+        if constexpr (OP == Op::kSubtract) {
           acc[r][v] -= a * b[v];
+        } else {
+          acc[r][v] += a * b[v];
         }
       }
     }
@@ -50,46 +77,52 @@ ALWAYS_INLINE void tile(T* C, int64_t ldc, const T* A, int64_t row_stride, int64
   }
 }
 
-template <typename T, int BYTES, int ACC, int V, bool ADD>
+template <typename T, int BYTES, int ACC, int V, Op OP>
 ALWAYS_INLINE void column_strip(T* C, int64_t ldc, int64_t rows, const T* A, int64_t row_stride,
-                                int64_t inner_stride, int64_t inner, const T* B, int64_t ldb) {
+                                int64_t inner_stride, int64_t inner, const T* B, int64_t ldb, Ahead& ahead) {
   constexpr int R = ACC / V;
   int64_t r = 0;
   for (; r + R <= rows; r += R) {
-    tile<T, BYTES, R, V, ADD>(C + r * ldc, ldc, A + r * row_stride, row_stride, inner_stride, inner, B, ldb);
+    ahead.step();
+    tile<T, BYTES, R, V, OP>(C + r * ldc, ldc, A + r * row_stride, row_stride, inner_stride, inner, B, ldb);
   }
   for (; r < rows; ++r) {
-    tile<T, BYTES, 1, V, ADD>(C + r * ldc, ldc, A + r * row_stride, row_stride, inner_stride, inner, B, ldb);
+    ahead.step();
+    tile<T, BYTES, 1, V, OP>(C + r * ldc, ldc, A + r * row_stride, row_stride, inner_stride, inner, B, ldb);
   }
 }
 
 // ACC accumulators: as many as the register file holds beside one row of B and a broadcast.
-template <typename T, int BYTES, int ACC, bool ADD>
+template <typename T, int BYTES, int ACC, Op OP>
 ALWAYS_INLINE void gemm(T* C, int64_t ldc, int64_t rows, int64_t cols, const T* A, int64_t row_stride,
-                        int64_t inner_stride, int64_t inner, const T* B, int64_t ldb) {
+                        int64_t inner_stride, int64_t inner, const T* B, int64_t ldb, const T* soon,
+                        int64_t soon_count) {
   constexpr int LANES = BYTES / sizeof(T);
+  Ahead ahead(soon, soon_count, std::max<int64_t>(1, rows * cols / (ACC * LANES)));
   for (int64_t c = 0; c < cols;) {
     const int64_t vectors = (cols - c) / LANES;
     T* out = C + c;
     const T* b = B + c;
     if (vectors >= 4) {
-      column_strip<T, BYTES, ACC, 4, ADD>(out, ldc, rows, A, row_stride, inner_stride, inner, b, ldb);
+      column_strip<T, BYTES, ACC, 4, OP>(out, ldc, rows, A, row_stride, inner_stride, inner, b, ldb, ahead);
     } else if (vectors == 3) {
-      column_strip<T, BYTES, ACC, 3, ADD>(out, ldc, rows, A, row_stride, inner_stride, inner, b, ldb);
+      column_strip<T, BYTES, ACC, 3, OP>(out, ldc, rows, A, row_stride, inner_stride, inner, b, ldb, ahead);
     } else if (vectors == 2) {
-      column_strip<T, BYTES, ACC, 2, ADD>(out, ldc, rows, A, row_stride, inner_stride, inner, b, ldb);
+      column_strip<T, BYTES, ACC, 2, OP>(out, ldc, rows, A, row_stride, inner_stride, inner, b, ldb, ahead);
     } else {
-      column_strip<T, BYTES, ACC, 1, ADD>(out, ldc, rows, A, row_stride, inner_stride, inner, b, ldb);
+      column_strip<T, BYTES, ACC, 1, OP>(out, ldc, rows, A, row_stride, inner_stride, inner, b, ldb, ahead);
     }
     c += LANES * std::min<int64_t>(vectors, 4);
   }
 }
 
 #define COACHHOOK_ENTRY(NAME, TARGET, BYTES, ACC)                                                 \
-  template <typename T, bool ADD>                                                                 \
+  template <typename T, Op OP>                                                                    \
   TARGET void NAME(T* C, int64_t ldc, int64_t rows, int64_t cols, const T* A, int64_t row_stride, \
-                   int64_t inner_stride, int64_t inner, const T* B, int64_t ldb) {                \
-    gemm<T, BYTES, ACC, ADD>(C, ldc, rows, cols, A, row_stride, inner_stride, inner, B, ldb);     \
+                   int64_t inner_stride, int64_t inner, const T* B, int64_t ldb, const T* soon,   \
+                   int64_t soon_count) {                                                          \
+    gemm<T, BYTES, ACC, OP>(C, ldc, rows, cols, A, row_stride, inner_stride, inner, B, ldb, soon, \
+                            soon_count);                                                          \
   }
 
 COACHHOOK_ENTRY(gemm_generic, , 16, 8)
@@ -102,13 +135,16 @@ template <typename T>
 MicroGemm<T> choose() {
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx512f")) {
-    return {gemm_avx512<T, true>, gemm_avx512<T, false>, 64 / sizeof(T), "avx512"};
+    return {gemm_avx512<T, Op::kSet>, gemm_avx512<T, Op::kAdd>, gemm_avx512<T, Op::kSubtract>, 64 / sizeof(T),
+            "avx512"};
   }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    return {gemm_avx2<T, true>, gemm_avx2<T, false>, 32 / sizeof(T), "avx2"};
+    return {gemm_avx2<T, Op::kSet>, gemm_avx2<T, Op::kAdd>, gemm_avx2<T, Op::kSubtract>, 32 / sizeof(T),
+            "avx2"};
   }
 #endif
-  return {gemm_generic<T, true>, gemm_generic<T, false>, 16 / sizeof(T), "generic"};
+  return {gemm_generic<T, Op::kSet>, gemm_generic<T, Op::kAdd>, gemm_generic<T, Op::kSubtract>,
+          16 / sizeof(T), "generic"};
 }
 
 }  // namespace
