@@ -35,6 +35,7 @@ class EditConfig:
         kl_factor: weight of KL(p0 || pδ) at "{subject} is a".
         mom2_update_weight: λ of C = λ E[kkᵀ] + Σ KKᵀ; None takes `default_update_weight` (docs/notes/lambda.md).
         mom2_n_tokens: token budget of the key statistics; None takes 20 d, or 10 d of the model's own text.
+        mom2_tolerance: stop the statistics before the budget, once the estimated relative error of C⁻¹k is below it.
         stats_sequence_length: tokens a packed row of the statistics pass, capped by the model's context.
         gate: "calibrated" or "sequence".
         alpha: the `sequence` gate's first threshold α; it never rises.
@@ -62,6 +63,7 @@ class EditConfig:
     kl_factor: float = 0.0625
     mom2_update_weight: float | None = None
     mom2_n_tokens: int | None = None
+    mom2_tolerance: float | None = None
     stats_sequence_length: int = 512
     gate: str = "calibrated"
     alpha: float = 2.2
@@ -95,6 +97,8 @@ class EditConfig:
         _check_number("context_tokens", self.context_tokens, least=1, integer=True)
         if self.mom2_update_weight is not None:
             _check_number("mom2_update_weight", self.mom2_update_weight, above=0.0)
+        if self.mom2_tolerance is not None:
+            _check_number("mom2_tolerance", self.mom2_tolerance, above=0.0)
         if self.mom2_n_tokens is not None:
             _check_number("mom2_n_tokens", self.mom2_n_tokens, least=1, integer=True)
         if self.threshold_fpr >= 1:

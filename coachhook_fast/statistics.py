@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from coachhook_fast.distributed import ranks
 from coachhook_fast.forward import PartialModel, frozen
 from coachhook_fast.progress import track
 
+_HELD_OUT = 256  # keys on which the error is estimated
 _TILES = 8  # column tiles of the lower triangle: 9/16 of the full product's work
 
 
@@ -77,16 +79,21 @@ class KeyStatistics:
 
 
 class KeyAccumulator:
-    """Running sums of k kᵀ (fp64, lower triangle) and a uniform sample of keys, for several layers at once."""
+    """Running sums of k kᵀ (fp64, lower triangle) and a uniform sample of keys, for several layers at once.
 
-    def __init__(self, layers: Sequence[int], sample_size: int, seed: int = 0) -> None:
+    With `parts` 2 the batches are summed up alternately in two halves, whose disagreement tells the error of the whole.
+    """
+
+    def __init__(self, layers: Sequence[int], sample_size: int, *, parts: int = 1, seed: int = 0) -> None:
         self.layers = tuple(layers)
         self.sample_size = sample_size
+        self.parts = parts
         self.seed = seed
-        self.sums: dict[int, Tensor] = {}
+        self.sums: dict[tuple[int, int], Tensor] = {}  # (layer, part) -> [d, d]
         self.samples: dict[int, Tensor] = {}
         self.priorities = torch.empty(0, dtype=torch.float64)
         self.tokens = 0
+        self._looked_at = 0  # tokens when the error was last estimated
 
     def add(self, keys: dict[int, Tensor], batch: int) -> None:
         """Adds the keys [N, d] of one batch; `batch` numbers it, so that its share of the sample is its own."""
@@ -96,7 +103,7 @@ class KeyAccumulator:
         )
         self._sample(draws, keys)
         for layer in self.layers:
-            self._add_products(layer, keys[layer])
+            self._add_products((layer, batch % self.parts), keys[layer])
         self.tokens += count
 
     def _sample(self, draws: Tensor, keys: dict[int, Tensor]) -> None:
@@ -111,25 +118,53 @@ class KeyAccumulator:
             before = self.samples.get(layer)
             self.samples[layer] = fresh if before is None else torch.cat([before[from_old], fresh])
 
-    def _add_products(self, layer: int, keys: Tensor) -> None:
+    def _add_products(self, slot: tuple[int, int], keys: Tensor) -> None:
         keys = keys if keys.dtype == torch.float64 else keys.float()
         width = keys.shape[1]
-        if layer not in self.sums:
-            self.sums[layer] = torch.zeros(width, width, dtype=torch.float64, device=keys.device)
+        if slot not in self.sums:
+            self.sums[slot] = torch.zeros(width, width, dtype=torch.float64, device=keys.device)
         step = -(-width // _TILES)
         for start in range(0, width, step):
             tile = slice(start, min(start + step, width))
-            self.sums[layer][start:, tile] += keys[:, start:].T @ keys[:, tile]
+            self.sums[slot][start:, tile] += keys[:, start:].T @ keys[:, tile]
+
+    def is_enough(self, unseen: dict[int, Tensor], tolerance: float) -> bool:
+        """Whether `error` is below `tolerance`, asked of some of the `unseen` keys when the sums have grown by half."""
+        if self.tokens == 0 or self.tokens < 1.5 * self._looked_at:
+            return False
+        self._looked_at = self.tokens
+        return self.error({layer: keys[:_HELD_OUT] for layer, keys in unseen.items()}) < tolerance
+
+    def error(self, keys: dict[int, Tensor]) -> float:
+        """Estimated relative error of C⁻¹k, the largest over layers of the median over `keys` [N, d] not yet added.
+
+        The halves' errors are independent and √2 times the whole's, so half their difference is the size of the
+        whole's error. Infinite while a half cannot be inverted. Needs `parts` 2.
+        """
+        worst = 0.0
+        for layer in self.layers:
+            solved = []
+            for part in (0, 1):
+                total = self.sums.get((layer, part))
+                factor, info = (None, 1) if total is None else torch.linalg.cholesky_ex(total)  # reads the lower half
+                if factor is None or int(info) != 0:
+                    return math.inf
+                solved.append(torch.cholesky_solve(keys[layer].to(factor).T, factor))
+            one, other = solved
+            # The halves hold about as many keys; scaled to one length only their directions and shapes are compared.
+            other = other * (one.norm() / other.norm())
+            worst = max(worst, float(((one - other).norm(dim=0) / (one + other).norm(dim=0)).median()))
+        return worst
 
     def merge_ranks(self) -> None:
         """Adds up the ranks' sums and joins their samples; every rank ends with the same."""
         if ranks()[1] == 1:
             return
-        count = torch.tensor(float(self.tokens), dtype=torch.float64, device=self.sums[self.layers[0]].device)
+        count = torch.tensor(float(self.tokens), dtype=torch.float64, device=next(iter(self.sums.values())).device)
         dist.all_reduce(count)
         self.tokens = int(count)
         for layer in self.layers:
-            dist.all_reduce(self.sums[layer])
+            dist.all_reduce(self.sums[layer, 0])
         gathered: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(gathered, (self.priorities, self.samples))
         self.priorities, self.samples = torch.empty(0, dtype=torch.float64), {}
@@ -139,17 +174,21 @@ class KeyAccumulator:
     def finish(self, model: str) -> KeyStatistics:
         """E[k kᵀ] as full symmetric matrices."""
         moments = {}
-        for layer, total in self.sums.items():
+        for layer in self.layers:
+            total, *others = [found for (owner, _), found in self.sums.items() if owner == layer]
+            for other in others:
+                total = total + other
             lower = total.tril()
             moment = (lower + lower.tril(-1).T) / self.tokens
             moments[layer] = moment.to(torch.promote_types(self.samples[layer].dtype, torch.float32)).cpu()
         return KeyStatistics(moments, dict(self.samples), self.tokens, model)
 
     def save(self, path: Path, batches: int, run: str) -> None:
-        tensors = {f"sum.{layer}": total for layer, total in self.sums.items()}
+        tensors = {f"sum.{layer}.{part}": total for (layer, part), total in self.sums.items()}
         tensors |= {f"sample.{layer}": sample for layer, sample in self.samples.items()}
         tensors["priorities"] = self.priorities
-        _save_atomically(tensors, {"tokens": str(self.tokens), "batches": str(batches), "run": run}, path)
+        counts = {"tokens": str(self.tokens), "looked_at": str(self._looked_at), "batches": str(batches)}
+        _save_atomically(tensors, {**counts, "run": run}, path)
 
     def restore(self, path: Path, run: str, device: torch.device) -> int:
         """Continues from a checkpoint of the same run; the number of batches it holds, 0 where there is none."""
@@ -158,9 +197,12 @@ class KeyAccumulator:
         tensors, metadata = _load(path)
         if metadata.get("run") != run:
             return 0
-        self.sums = {layer: tensors[f"sum.{layer}"].to(device) for layer in self.layers}
+        slots = [(layer, part) for layer in self.layers for part in range(self.parts)]
+        names = {slot: f"sum.{slot[0]}.{slot[1]}" for slot in slots}
+        self.sums = {slot: tensors[name].to(device) for slot, name in names.items() if name in tensors}
         self.samples = {layer: tensors[f"sample.{layer}"] for layer in self.layers}
-        self.priorities, self.tokens = tensors["priorities"], int(metadata["tokens"])
+        self.priorities = tensors["priorities"]
+        self.tokens, self._looked_at = int(metadata["tokens"]), int(metadata["looked_at"])
         return int(metadata["batches"])
 
 
@@ -176,6 +218,7 @@ def collect(
     batch_tokens: int = 8192,
     sample_size: int = 4096,
     total_tokens: int | None = None,
+    tolerance: float | None = None,
     checkpoint: Path | None = None,
     checkpoint_seconds: float = 60.0,
     run: str = "",
@@ -188,18 +231,22 @@ def collect(
         sequence_length: tokens a packed row; batch_tokens: tokens a forward pass.
         sample_size: keys kept a layer.
         total_tokens: for the progress bar only.
+        tolerance: end before the documents do, once the estimated relative error of C⁻¹k is below it (looked at
+            whenever the keys have grown by half); it takes a second set of sums.
         checkpoint: file for partial sums, written about every `checkpoint_seconds` and removed at the end; a run with
             the same `run` name continues from it and ends with the same bits. Under torch.distributed each rank takes
             every world-size-th batch and keeps a checkpoint of its own.
         progress: show a bar on stderr.
 
     Raises:
-        ValueError: a key is not finite, or the documents are empty.
+        ValueError: a key is not finite, the documents are empty, or a tolerance is asked of several ranks.
     """
     rank, world = ranks()
+    if tolerance is not None and world > 1:
+        raise ValueError(f"tolerance {tolerance} needs a single process, there are {world} ranks: give a token budget")
     if checkpoint is not None and world > 1:
         checkpoint = checkpoint.with_suffix(f".{rank}of{world}")
-    accumulator = KeyAccumulator(layers, sample_size)
+    accumulator = KeyAccumulator(layers, sample_size, parts=1 if tolerance is None else 2)
     done = accumulator.restore(checkpoint, run, partial.device) if checkpoint is not None else 0
     rows_a_batch = max(1, batch_tokens // sequence_length)
     rows = pack_rows(documents, begin, sequence_length)
@@ -209,7 +256,10 @@ def collect(
         batch = 0
         while chunk := list(islice(rows, rows_a_batch)):
             if batch % world == rank and batch >= done:
-                accumulator.add(_keys(partial, chunk, layers), batch)
+                keys = _keys(partial, chunk, layers)
+                if tolerance is not None and accumulator.is_enough(keys, tolerance):
+                    break
+                accumulator.add(keys, batch)
                 if checkpoint is not None and time.monotonic() - saved > checkpoint_seconds:
                     accumulator.save(checkpoint, batch + 1, run)
                     saved = time.monotonic()

@@ -43,6 +43,7 @@ def model_statistics(
         layers=config.layers,
         corpus=f"self {_SEED}" if documents is None else content_hash(documents),
         tokens=budget,
+        tolerance=config.mom2_tolerance,
         length=length,
         keys=config.threshold_keys,
     )
@@ -61,6 +62,7 @@ def model_statistics(
         batch_tokens=config.max_batch_tokens,
         sample_size=config.threshold_keys,
         total_tokens=budget,
+        tolerance=config.mom2_tolerance,
         checkpoint=path.with_suffix(".partial"),
         run=run,
         progress=progress,

@@ -13,7 +13,7 @@ from torch import Tensor
 from coachhook_fast.architectures import layout_of
 from coachhook_fast.corpus import begin_tokens, pack_rows, read_documents, sample_documents
 from coachhook_fast.forward import PartialModel
-from coachhook_fast.statistics import KeyStatistics, collect
+from coachhook_fast.statistics import KeyAccumulator, KeyStatistics, collect
 
 LAYERS = (1, 2)
 
@@ -107,6 +107,35 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path: Path, monkeypatch: pytes
     for layer in LAYERS:
         assert torch.equal(resumed.moments[layer], whole.moments[layer])
         assert torch.equal(resumed.samples[layer], whole.samples[layer])
+
+
+def test_enough_keys_end_the_pass_and_the_estimate_is_right() -> None:
+    width, generator = 12, torch.Generator().manual_seed(3)
+    mixing = torch.randn(width, width, generator=generator, dtype=torch.float64)
+
+    def draw(count: int) -> dict[int, Tensor]:
+        return {0: torch.randn(count, width, generator=generator, dtype=torch.float64) @ mixing}
+
+    accumulator = KeyAccumulator([0], 8, parts=2)
+    assert accumulator.error(draw(9)) == float("inf")
+    for batch in range(40):
+        accumulator.add(draw(50), batch)
+    held_out = draw(200)
+    estimate = accumulator.error(held_out)
+    solved = torch.linalg.solve(accumulator.finish("x").moments[0], held_out[0].T)
+    true = torch.linalg.solve(mixing.T @ mixing, held_out[0].T)
+    actual = float(((solved - true).norm(dim=0) / true.norm(dim=0)).median())
+    assert 0.6 * actual < estimate < 1.6 * actual
+
+    partial = PartialModel(model := tiny_model("llama"), layout_of(model))
+    many = documents(count=60)
+    options: dict[str, Any] = {"model_id": "x", "sequence_length": 32, "batch_tokens": 64, "progress": False}
+    loose = collect(partial, many, LAYERS, tolerance=0.9, **options)
+    tight = collect(partial, many, LAYERS, tolerance=1e-6, **options)
+    whole = collect(partial, many, LAYERS, **options)
+    assert loose.tokens < tight.tokens == whole.tokens
+    for layer in LAYERS:
+        torch.testing.assert_close(tight.moments[layer], whole.moments[layer], rtol=1e-4, atol=1e-5)
 
 
 def test_save_and_load_and_the_checks(tmp_path: Path) -> None:
