@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from coachhook_fast.config import EditConfig
     from coachhook_fast.edit_set import Batch, EditOutcome, EditSet
-    from coachhook_fast.editor import Editor, EditWarning
+    from coachhook_fast.editor import Editor
     from coachhook_fast.layer import HookLinear
     from coachhook_fast.models import load_model
+    from coachhook_fast.outcomes import EditWarning
     from coachhook_fast.request import EditRequest
     from coachhook_fast.store import load_edits
 
@@ -23,7 +24,7 @@ _HOMES = {
     "EditOutcome": "edit_set",
     "EditRequest": "request",
     "EditSet": "edit_set",
-    "EditWarning": "editor",
+    "EditWarning": "outcomes",
     "Editor": "editor",
     "HookLinear": "layer",
     "load_edits": "store",

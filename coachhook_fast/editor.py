@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime, timezone
@@ -21,30 +20,22 @@ from coachhook_fast.config import EditConfig, default_layers, default_update_wei
 from coachhook_fast.contexts import write_contexts
 from coachhook_fast.corpus import Corpus
 from coachhook_fast.delta import LowRankDelta
-from coachhook_fast.edit_set import Batch, EditOutcome, EditSet, LayerUpdate, without
+from coachhook_fast.edit_set import Batch, EditSet, without
 from coachhook_fast.forward import PartialModel, frozen
 from coachhook_fast.gate import Threshold
 from coachhook_fast.hooks import Hooks
 from coachhook_fast.interrupts import deferred
-from coachhook_fast.keys import KeyCollector, bare_outputs
+from coachhook_fast.keys import bare_outputs
 from coachhook_fast.memory import KeyMemory
 from coachhook_fast.models import context_length, fingerprint
-from coachhook_fast.post_norm import through_norm
+from coachhook_fast.outcomes import outcomes_of, warn_of_weak
 from coachhook_fast.progress import track
-from coachhook_fast.request import EditRequest, TokenisedRequest, tokenise_batch
+from coachhook_fast.request import EditRequest, tokenise_batch
 from coachhook_fast.statistics import KeyStatistics
 from coachhook_fast.statistics_cache import model_statistics
 from coachhook_fast.target_cache import TargetCache
 from coachhook_fast.targets import optimise
-
-# An edit with more than this share of its residual left at the end did not go in.
-RESIDUAL_LEFT_LIMIT = 0.5
-
-Observer = Callable[..., None]
-
-
-class EditWarning(UserWarning):
-    """An edit did not go in as it should."""
+from coachhook_fast.updates import Observer, lower_alphas, update_layers
 
 
 class Editor:
@@ -199,61 +190,26 @@ class Editor:
             )  # fmt: skip
             values = torch.stack([target.value for target in found], dim=1)
             tell("values", self.layers[-1], V=values)
-            edited, updates, strengths, outputs = self._update_layers(tokens, values, tell)
-            if self.config.gate == "sequence":
-                edited, updates = self._lower_alphas(edited, updates, tokens)
-            for layer, threshold in zip(self.layers, edited.thresholds, strict=True):
-                tell("threshold", layer, value=threshold.value)
-            left = (values - outputs).norm(dim=0) / (values - v0).norm(dim=0).clamp(min=1e-30)
-            outcomes = tuple(
-                EditOutcome(row.request, target.loss, target.steps, tuple(strength), remaining)
-                for row, target, strength, remaining in zip(
-                    tokens, found, strengths.T.tolist(), left.tolist(), strict=True
-                )
-            )
-            batch = Batch(
-                uuid.uuid4().hex[:12], datetime.now(timezone.utc).isoformat(timespec="seconds"), outcomes,
-                time.monotonic() - started, tuple(updates), edited.thresholds,
+            updated = update_layers(
+                self.partial, self._handle, self.memories, self.edit_set, tokens, values, self._threshold,
+                pad_id=pad_id, tell=tell,
             )  # fmt: skip
-            self._commit(edited.with_batch(batch))
+            if self.config.gate == "sequence":
+                updated = lower_alphas(self.partial, self._handle, updated, tokens)
+            for layer, threshold in zip(self.layers, updated.edits.thresholds, strict=True):
+                tell("threshold", layer, value=threshold.value)
+            batch = Batch(
+                id=uuid.uuid4().hex[:12],
+                time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                outcomes=outcomes_of(tokens, found, v0, updated),
+                seconds=time.monotonic() - started,
+                layers=updated.layers,
+                thresholds=updated.edits.thresholds,
+            )
+            self._commit(updated.edits.with_batch(batch))
             cache.discard()
-        for outcome in outcomes:
-            if outcome.residual_left > RESIDUAL_LEFT_LIMIT:
-                _warn_weak(outcome)
+        warn_of_weak(batch.outcomes)
         return batch
-
-    def _update_layers(
-        self, tokens: Sequence[TokenisedRequest], values: Tensor, tell: Observer
-    ) -> tuple[EditSet, list[LayerUpdate], Tensor, Tensor]:
-        """Step 2 of a batch, layer by layer: new edit set, updates, strengths [L, n] and final outputs [m, n]."""
-        edited = self.edit_set
-        updates: list[LayerUpdate] = []
-        strengths = []
-        collector = KeyCollector(
-            self.partial, self.layers, tokens, pad_id=self._pad_id, max_tokens=self.config.max_batch_tokens,
-            whole_prompts=self.config.gate == "sequence",
-        )  # fmt: skip
-        count = len(self.layers)
-        for position, layer in enumerate(self.layers):
-            # Temporary hooks on the layers not yet updated, validated ones on those that are.
-            self._handle.set_modes(["gated"] * position + ["always"] * (count - position))
-            readings = collector.read(position)
-            K = readings.keys.to(torch.float64)
-            R = (values - readings.outputs.to(values)) / (count - position)
-            if readings.before_norm is not None:
-                norm = self.partial.layout.post_norm(self.model, layer)
-                assert norm is not None
-                R = through_norm(norm, readings.before_norm, R)
-            X, s = self.memories[position].solve(K)
-            tell("update", layer, K=K, R=R, X=X, s=s)
-            update = LayerUpdate(K, R.to(self.dtype), X.to(self.dtype))
-            delta = edited.deltas[position].append(update.residuals, update.directions)
-            edited = edited.with_layer(position, delta, self._threshold(position, delta))
-            updates.append(update)
-            strengths.append(s)
-            self._handle.publish(edited)
-        self._handle.enable()
-        return edited, updates, torch.stack(strengths), collector.final_outputs().to(values)
 
     def _threshold(self, position: int, delta: LowRankDelta) -> Threshold:
         """The layer's threshold for a new delta: a fresh τ, or the standing α."""
@@ -263,14 +219,6 @@ class Editor:
             self.collect_statistics()
         assert self.statistics is not None
         return thresholds.calibrate(delta, self.statistics.samples[self.layers[position]], self.config)
-
-    def _lower_alphas(
-        self, edited: EditSet, updates: list[LayerUpdate], tokens: Sequence[TokenisedRequest]
-    ) -> tuple[EditSet, list[LayerUpdate]]:
-        """Step 3 of a batch: α <- min(α, what the batch's own texts reach)."""
-        bounds = thresholds.reachable_alphas(self.partial, self._handle, edited, tokens)
-        lowered = [Threshold(min(old.value, new)) for old, new in zip(edited.thresholds, bounds, strict=True)]
-        return edited.with_thresholds(lowered), [replace(u, alpha=a) for u, a in zip(updates, bounds, strict=True)]
 
     def _commit(self, edited: EditSet) -> None:
         """The point of no return: memories, hooks and edit set change together."""
@@ -282,7 +230,7 @@ class Editor:
             self._handle.publish(edited)
 
     @contextmanager
-    def _all_or_nothing(self):  # type: ignore[no-untyped-def]
+    def _all_or_nothing(self) -> Iterator[None]:
         try:
             yield
         finally:
@@ -330,14 +278,3 @@ class Editor:
     def unload(self) -> nn.Module:
         """The untouched model back; the editor is of no use afterwards."""
         return self._handle.unload()
-
-
-def _warn_weak(outcome: EditOutcome) -> None:
-    strengths = ", ".join(f"{s:.2f}" for s in outcome.strength)
-    warnings.warn(
-        f"edit {outcome.request.text!r} -> {outcome.request.target_new!r} did not go in: {outcome.residual_left:.0%} "
-        f"of its residual is left (insertion strength s a layer: {strengths}; a layer takes s / (1 + s)). A smaller "
-        "mom2_update_weight makes edits stronger",
-        EditWarning,
-        stacklevel=3,
-    )

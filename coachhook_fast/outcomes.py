@@ -1,0 +1,51 @@
+"""How the requests of a batch went in, and the warning about those that did not."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from coachhook_fast.edit_set import EditOutcome
+from coachhook_fast.request import TokenisedRequest
+from coachhook_fast.targets import Target
+from coachhook_fast.updates import Updated
+
+# An edit with more than this share of its residual left at the end did not go in.
+RESIDUAL_LEFT_LIMIT = 0.5
+
+
+class EditWarning(UserWarning):
+    """An edit did not go in as it should."""
+
+
+def outcomes_of(
+    batch: Sequence[TokenisedRequest], targets: Sequence[Target], v0: Tensor, updated: Updated
+) -> tuple[EditOutcome, ...]:
+    """One outcome a request; v0 [m, n] as it was before the batch."""
+    values = torch.stack([target.value for target in targets], dim=1)
+    wanted = (values - v0).norm(dim=0)
+    left = torch.where(wanted > 0, (values - updated.outputs).norm(dim=0) / wanted, 0.0)  # 0: the fact was held already
+    return tuple(
+        EditOutcome(tokens.request, target.loss, target.steps, tuple(strength), remaining)
+        for tokens, target, strength, remaining in zip(
+            batch, targets, updated.strengths.T.tolist(), left.tolist(), strict=True
+        )
+    )
+
+
+def warn_of_weak(outcomes: Sequence[EditOutcome]) -> None:
+    """One EditWarning for each request of which more than RESIDUAL_LEFT_LIMIT is left."""
+    for outcome in outcomes:
+        if outcome.residual_left > RESIDUAL_LEFT_LIMIT:
+            strengths = ", ".join(f"{s:.2f}" for s in outcome.strength)
+            warnings.warn(
+                f"edit {outcome.request.text!r} -> {outcome.request.target_new!r} did not go in: "
+                f"{outcome.residual_left:.0%} of its residual is left. Insertion strength s a layer: {strengths} (it "
+                "takes s / (1 + s): where s is small, lower mom2_update_weight); where s is large the gate keeps the "
+                "subject out (coachhook inspect shows it): lower threshold_z",
+                EditWarning,
+                stacklevel=3,
+            )

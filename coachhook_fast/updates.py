@@ -1,0 +1,103 @@
+"""Steps 2 and 3 of a batch: every edited layer takes its share of what is left, then thresholds follow.
+
+METHOD.md section 2. Nothing here is committed: the caller holds the old edit set and the key memories stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from coachhook_fast.delta import LowRankDelta
+from coachhook_fast.edit_set import EditSet, LayerUpdate
+from coachhook_fast.forward import PartialModel
+from coachhook_fast.gate import Threshold
+from coachhook_fast.hooks import Hooks
+from coachhook_fast.keys import KeyCollector
+from coachhook_fast.memory import KeyMemory
+from coachhook_fast.post_norm import through_norm
+from coachhook_fast.request import TokenisedRequest
+from coachhook_fast.thresholds import reachable_alphas
+
+Observer = Callable[..., None]
+
+# A residual below so many roundings of its value is noise: a fact that the model held already asks for no change.
+_ROUNDINGS = 64
+
+
+@dataclass(frozen=True)
+class Updated:
+    """What the steps found.
+
+    Attributes:
+        edits: the edit set with new deltas and thresholds, not yet with the batch.
+        layers: each layer's update.
+        strengths: s [L, n]; outputs: [m, n], the last edited block's output at the lookup positions afterwards.
+    """
+
+    edits: EditSet
+    layers: tuple[LayerUpdate, ...]
+    strengths: Tensor
+    outputs: Tensor
+
+
+def update_layers(
+    partial: PartialModel,
+    hooks: Hooks,
+    memories: Sequence[KeyMemory],
+    edits: EditSet,
+    batch: Sequence[TokenisedRequest],
+    values: Tensor,
+    threshold: Callable[[int, LowRankDelta], Threshold],
+    *,
+    pad_id: int,
+    tell: Observer,
+) -> Updated:
+    """Step 2, layer by layer, with keys and outputs read anew at each; leaves the result published in `hooks`.
+
+    Args:
+        values: V [m, n].
+        threshold: (position, new delta) -> the layer's threshold with it.
+        tell: observer, see `Editor.edit`.
+    """
+    config, count = edits.config, len(edits.layers)
+    collector = KeyCollector(
+        partial, edits.layers, batch, pad_id=pad_id, max_tokens=config.max_batch_tokens,
+        whole_prompts=config.gate == "sequence",
+    )  # fmt: skip
+    noise = _ROUNDINGS * torch.finfo(next(partial.model.parameters()).dtype).eps * values.norm(dim=0)
+    updates, strengths = [], []
+    for position, layer in enumerate(edits.layers):
+        # Temporary hooks on the layers not yet updated, validated ones on those that are.
+        hooks.set_modes(["gated"] * position + ["always"] * (count - position))
+        readings = collector.read(position)
+        K = readings.keys.to(torch.float64)
+        R = (values - readings.outputs.to(values)) / (count - position)
+        R = torch.where(R.norm(dim=0) > noise, R, 0.0)
+        if readings.before_norm is not None:
+            norm = partial.layout.post_norm(partial.model, layer)
+            assert norm is not None
+            R = through_norm(norm, readings.before_norm, R)
+        X, s = memories[position].solve(K)
+        tell("update", layer, K=K, R=R, X=X, s=s)
+        old = edits.deltas[position]
+        update = LayerUpdate(K, R.to(old.dtype), X.to(old.dtype))
+        delta = old.append(update.residuals, update.directions)
+        edits = edits.with_layer(position, delta, threshold(position, delta))
+        hooks.publish(edits)
+        updates.append(update)
+        strengths.append(s)
+    hooks.enable()
+    outputs = collector.final_outputs().to(values)
+    return Updated(edits, tuple(updates), torch.stack(strengths), outputs)
+
+
+def lower_alphas(partial: PartialModel, hooks: Hooks, updated: Updated, batch: Sequence[TokenisedRequest]) -> Updated:
+    """Step 3 of the `sequence` gate: α <- min(α, what the batch's own texts reach)."""
+    bounds = reachable_alphas(partial, hooks, updated.edits, batch)
+    lowered = [Threshold(min(old.value, new)) for old, new in zip(updated.edits.thresholds, bounds, strict=True)]
+    layers = tuple(replace(update, alpha=alpha) for update, alpha in zip(updated.layers, bounds, strict=True))
+    return replace(updated, edits=updated.edits.with_thresholds(lowered), layers=layers)
