@@ -1,0 +1,90 @@
+"""The solver lets other threads run, and a signal stops it between panels with the factor as it was."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from coachhook_fast.ops import extension_available
+from coachhook_fast.ops.cholesky import chol_downdate, chol_factor, chol_solve, chol_solve_update, chol_update
+from coachhook_fast.reference.cholesky import pack
+
+pytestmark = pytest.mark.skipif(not extension_available(), reason="the extension is not built")
+
+
+class Stop(Exception):
+    pass
+
+
+@contextmanager
+def stopped_after(seconds: float) -> Iterator[None]:
+    """Raises Stop from a signal handler, as Ctrl-C raises KeyboardInterrupt."""
+
+    def handler(*_: Any) -> None:
+        raise Stop
+
+    before = signal.signal(signal.SIGALRM, handler)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.fixture(scope="module")
+def factors() -> tuple[Tensor, Tensor]:
+    """(L, K) of two factors; K was added, so that it can be removed."""
+    generator = torch.Generator().manual_seed(0)
+    d, n = 1500, 120
+    A = torch.randn(2, d, 64, generator=generator, dtype=torch.float64)
+    C = A @ A.mT + torch.eye(d, dtype=torch.float64)
+    K = torch.randn(2, d, n, generator=generator, dtype=torch.float64)
+    return chol_factor(pack(C + K @ K.mT)), K
+
+
+@pytest.mark.parametrize("operator", [chol_update, chol_solve_update, chol_downdate, chol_solve])
+def test_a_signal_leaves_the_factor(operator: Any, factors: tuple[Tensor, Tensor]) -> None:
+    L, K = factors[0].clone(), factors[1]
+    begin = time.perf_counter()
+    operator(L, K)
+    whole = time.perf_counter() - begin
+    stopped = 0
+    for share in (0.1, 0.3, 0.5, 0.7, 0.9):  # first factor, second factor, back substitution
+        L.copy_(factors[0])
+        try:
+            with stopped_after(share * whole):
+                operator(L, K)
+        except Stop:
+            stopped += 1
+            torch.testing.assert_close(L, factors[0], rtol=0, atol=1e-12 * float(factors[0].abs().max()))
+    assert stopped >= 2  # a busy machine may be early or late, not always
+
+
+def test_other_threads_run_meanwhile(factors: tuple[Tensor, Tensor]) -> None:
+    L, K = factors[0].clone(), factors[1]
+    ticks, done = 0, threading.Event()
+
+    def tick() -> None:
+        nonlocal ticks
+        while not done.is_set():
+            ticks += 1
+            time.sleep(0.001)
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    time.sleep(0.01)
+    before = ticks
+    chol_update(L, K)
+    during = ticks - before
+    done.set()
+    thread.join()
+    assert during > 5
