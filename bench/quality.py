@@ -157,9 +157,7 @@ def run(method: Method, plan: Plan, on_row: Callable[[dict[str, Any]], None]) ->
         for count in missing:
             seconds = _edit_up_to(count, runner, plan, states, method.title)
             row = _evaluate(method, model, tokenizer, plan, count, bases[count])
-            row["seconds_per_edit"] = round(seconds / count, 3)
-            rows.add(count, row)
-            on_row(row)
+            on_row(rows.add(count, row | {"seconds_per_edit": round(seconds / count, 3)}))
     finally:
         runner.unload()
 
@@ -214,7 +212,7 @@ def _layer_figures(model: Any) -> list[dict[str, float]]:
     figures = []
     for hook in getattr(model.coachhook, "hooks", None) or model.coachhook.added:
         delta = hook.get_delta_weight() if hasattr(hook, "get_delta_weight") else hook.delta
-        weight = hook.base_layer.weight
+        weight = hook.base_layer.weight.detach()
         threshold = getattr(hook, "threshold", getattr(hook, "alpha", None))
         figures.append(
             {
@@ -251,9 +249,11 @@ class _Rows:
         stored = json.loads(path.read_text()) if path.is_file() else {}
         self.by_count: dict[int, dict[str, Any]] = {int(count): row for count, row in stored.items()}
 
-    def add(self, count: int, row: dict[str, Any]) -> None:
-        self.by_count[count] = row
+    def add(self, count: int, row: dict[str, Any]) -> dict[str, Any]:
+        """Keeps the row and answers it as it will be read again."""
+        self.by_count[count] = json.loads(json.dumps(row))
         _write(self.path, json.dumps(self.by_count))
+        return self.by_count[count]
 
 
 def _provenance() -> dict[str, Any]:

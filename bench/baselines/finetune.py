@@ -38,7 +38,7 @@ class FineTune(Baseline):
                 for _ in range(STEPS):
                     logits = self.model(**batch.columns(0), use_cache=False).logits[:, :-1].float()
                     loss = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
-                    if float(loss) < STOP_LOSS:
+                    if loss.item() < STOP_LOSS:
                         break
                     adam.zero_grad()
                     loss.backward()

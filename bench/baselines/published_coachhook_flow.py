@@ -45,7 +45,9 @@ class PublishedHook(AddedDelta):
             return plain
         edited = plain + F.linear(x, self.delta.to(x.dtype))
         norm = (edited - plain).norm(dim=-1)  # [B, T]
-        z = (norm - norm.mean(-1, keepdim=True)) / norm.std(-1, keepdim=True)
+        z = torch.full_like(norm, torch.nan)  # as the std of one token gives it
+        if norm.shape[-1] > 1:
+            z = (norm - norm.mean(-1, keepdim=True)) / norm.std(-1, keepdim=True)
         self.largest_z = z.nan_to_num(-torch.inf).amax(-1)
         return edited if self.mode == "always" else torch.where((z >= self.alpha)[..., None], edited, plain)
 
