@@ -265,6 +265,10 @@ class Editor:
         """Writes the edit set (safetensors + JSON); see `store.save`."""
         store.save(self.edit_set, Path(folder))
 
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Uploads the edit set to the Hugging Face hub; see `store.push_to_hub`."""
+        return store.push_to_hub(self.edit_set, repo_id, **options)
+
     def enable(self) -> None:
         self._handle.enable()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,12 +68,30 @@ def fingerprint(model: nn.Module) -> str:
 
     Evenly spaced values of every parameter, rounded to bf16, with names and shapes. Installed hooks do not count.
     """
-    digest = hashlib.sha256()
-    config = getattr(model, "config", None)
-    digest.update(str(getattr(config, "model_type", "")).encode())
-    for name, parameter in sorted(model.named_parameters()):
-        digest.update(f"{name.replace('.base_layer', '')}{tuple(parameter.shape)}".encode())
-        flat = parameter.detach().reshape(-1)
+    model_type = str(getattr(getattr(model, "config", None), "model_type", ""))
+    named = {name.replace(".base_layer", ""): parameter.detach() for name, parameter in model.named_parameters()}
+    return _digest(model_type, sorted(named), named.__getitem__)
+
+
+def checkpoint_fingerprint(folder: str, model_type: str) -> str | None:
+    """`fingerprint` of a checkpoint on disk, without loading the model; None where the folder has no safetensors."""
+    from safetensors import safe_open
+
+    files = {}
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        files[path] = safe_open(path, framework="pt")
+    where = {name: file for file in files.values() for name in file.keys()}  # noqa: SIM118
+    if not where:
+        return None
+    return _digest(model_type, sorted(where), lambda name: where[name].get_tensor(name))
+
+
+def _digest(model_type: str, names: Sequence[str], tensor: Callable[[str], torch.Tensor]) -> str:
+    digest = hashlib.sha256(model_type.encode())
+    for name in names:
+        values = tensor(name)
+        digest.update(f"{name}{tuple(values.shape)}".encode())
+        flat = values.reshape(-1)
         step = max(1, flat.numel() // _SAMPLES)
         digest.update(flat[::step][:_SAMPLES].to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -7,6 +7,8 @@
 
 Tensor files are written and synced first, under names of their own; renaming `edit_set.json` over its predecessor is
 the commit. A kill at any moment leaves the last committed version whole; files that no version names are swept later.
+Writers take turns by a lock on `.lock`, which the system releases when a process dies; of two that write, the later
+one's edit set is what stands there. Readers take no lock: one whose files are swept meanwhile reads the new version.
 """
 
 from __future__ import annotations
@@ -15,12 +17,14 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
@@ -35,31 +39,37 @@ from coachhook_fast.request import EditRequest
 
 FORMAT = 1
 MANIFEST = "edit_set.json"
+LOCK = ".lock"
 _FIELDS = {"format", "model", "config", "contexts", "thresholds", "weights", "batches"}
+_BATCH_FIELDS = {"id", "parent", "time", "seconds", "metrics", "alphas", "thresholds", "outcomes", "tensors"}
 
 
 def save(edit_set: EditSet, folder: Path) -> None:
     """Writes `edit_set` into `folder`; files of batches that stand there already are kept as they are."""
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {
-        f"{position}.{name}": tensor
-        for position, delta in enumerate(edit_set.deltas)
-        for name, tensor in delta.state_dict().items()
-    }
-    manifest = {
-        "format": FORMAT,
-        "model": edit_set.model,
-        "config": edit_set.config.to_dict(),
-        "contexts": list(edit_set.contexts),
-        "thresholds": [_threshold_to_json(threshold) for threshold in edit_set.thresholds],
-        "weights": _write_tensors(folder, "weights", weights),
-        "batches": [_batch_to_json(folder, batch) for batch in edit_set.batches],
-    }
-    staging = folder / f"{MANIFEST}.{os.getpid()}.tmp"
-    _write_synced(staging, json.dumps(manifest, indent=1).encode())
-    staging.replace(folder / MANIFEST)
-    _sync_folder(folder)
-    _sweep(folder, manifest)
+    with _locked(folder):
+        weights = {
+            f"{position}.{name}": tensor
+            for position, delta in enumerate(edit_set.deltas)
+            for name, tensor in delta.state_dict().items()
+        }
+        parents = [None, *(batch.id for batch in edit_set.batches)]
+        manifest = {
+            "format": FORMAT,
+            "model": edit_set.model,
+            "config": edit_set.config.to_dict(),
+            "contexts": list(edit_set.contexts),
+            "thresholds": [_threshold_to_json(threshold) for threshold in edit_set.thresholds],
+            "weights": _write_tensors(folder, "weights", weights),
+            "batches": [
+                _batch_to_json(folder, batch, parent) for batch, parent in zip(edit_set.batches, parents, strict=False)
+            ],
+        }
+        staging = folder / f"{MANIFEST}.{os.getpid()}.tmp"
+        _write_synced(staging, json.dumps(manifest, indent=1).encode())
+        staging.replace(folder / MANIFEST)
+        _sync_folder(folder)
+        _sweep(folder, manifest)
 
 
 def load(folder: Path) -> EditSet:
@@ -68,11 +78,18 @@ def load(folder: Path) -> EditSet:
     Raises:
         ValueError: no edit set there, an unknown format or field, a file that is missing or whose checksum differs.
     """
-    manifest = read_manifest(folder)
+    return _read_whole(folder, _edit_set_of)
+
+
+def _edit_set_of(folder: Path, manifest: Mapping[str, Any]) -> EditSet:
     config = EditConfig.from_dict(manifest["config"])
     assert config.layers is not None
     tensors = _read_tensors(folder, manifest["weights"])
     deltas = tuple(_delta_of(tensors, position) for position in range(len(config.layers)))
+    ids = [None, *(line.get("id") for line in manifest["batches"])]
+    for line, parent in zip(manifest["batches"], ids, strict=False):
+        if line.get("parent") != parent:
+            raise ValueError(f"the ledger of {folder} is broken: batch {line.get('id')!r} does not follow {parent!r}")
     return EditSet(
         model=manifest["model"],
         config=config,
@@ -81,6 +98,34 @@ def load(folder: Path) -> EditSet:
         thresholds=tuple(_threshold_from_json(value) for value in manifest["thresholds"]),
         batches=tuple(_batch_from_json(folder, line) for line in manifest["batches"]),
     )
+
+
+def load_weights(folder: Path) -> list[tuple[LowRankDelta, float]]:
+    """The serving part alone: (delta, threshold) of each edited layer; see `load`."""
+    return _read_whole(folder, _weights_of)
+
+
+def _weights_of(folder: Path, manifest: Mapping[str, Any]) -> list[tuple[LowRankDelta, float]]:
+    tensors = _read_tensors(folder, manifest["weights"])
+    thresholds = [_threshold_from_json(value).value for value in manifest["thresholds"]]
+    return [(_delta_of(tensors, position), threshold) for position, threshold in enumerate(thresholds)]
+
+
+def version_of(manifest: Mapping[str, Any]) -> str:
+    """Names what an edit set serves: 12 hex digits over deltas and thresholds."""
+    served = json.dumps([manifest["weights"]["sha256"], manifest["thresholds"]])
+    return hashlib.sha256(served.encode()).hexdigest()[:12]
+
+
+def _read_whole(folder: Path, read: Callable[[Path, Mapping[str, Any]], Any]) -> Any:
+    """Reads one version whole: if a writer swept its files meanwhile, the version that took its place."""
+    while True:
+        manifest = read_manifest(folder)
+        try:
+            return read(folder, manifest)
+        except ValueError:
+            if read_manifest(folder) == manifest:
+                raise
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -112,10 +157,57 @@ def check_base(edit_set: EditSet, model_id: str) -> None:
 def check_continues(edit_set: EditSet, model_id: str, config: EditConfig) -> None:
     """ValueError unless editing can go on from `edit_set` with `config` on this model."""
     check_base(edit_set, model_id)
-    for name in ("layers", "mom2_update_weight", "gate", "context_seeds", "context_tokens"):
+    for name in ("layers", "mom2_update_weight", "gate", "context_seeds", "context_tokens", "subject_templates"):
         old, new = getattr(edit_set.config, name), getattr(config, name)
         if old != new:
             raise ValueError(f"{name} is {new!r}, but the edits to go on from were made with {old!r}")
+
+
+def push_to_hub(
+    edit_set: EditSet,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | None = None,
+    commit_message: str = "Edit set of coachhook-fast",
+) -> str:
+    """Uploads the edit set to the Hugging Face hub in one commit and returns its address.
+
+    Args:
+        repo_id: "user/name"; made if it is not there.
+
+    Raises:
+        What huggingface_hub raises where the hub refuses.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    with tempfile.TemporaryDirectory() as staging:
+        save(edit_set, Path(staging))
+        return str(
+            api.upload_folder(
+                repo_id=repo_id, folder_path=staging, commit_message=commit_message,
+                allow_patterns=[MANIFEST, "*.safetensors"], delete_patterns="*.safetensors",
+            )
+        )  # fmt: skip
+
+
+def local_folder(name: str | Path, *, token: str | None = None) -> Path:
+    """`name` where it is a folder, else the hub's repository of that name, downloaded.
+
+    Raises:
+        ValueError: neither.
+    """
+    if Path(name).is_dir() or str(name).count("/") != 1 or str(name).startswith((".", "/")):
+        return Path(name)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=[MANIFEST, "*.safetensors"], token=token))
+    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+        raise ValueError(f"edits {str(name)!r} is neither a folder nor a repository of the hub: {error}") from error
 
 
 def load_edits(model: nn.Module, folder: str | Path, *, check: bool = True) -> nn.Module:
@@ -123,12 +215,13 @@ def load_edits(model: nn.Module, folder: str | Path, *, check: bool = True) -> n
 
     Args:
         model: the base model, in any floating dtype.
+        folder: of a saved edit set, or the name of a repository on the Hugging Face hub.
         check: compare the base model's fingerprint; switch it off for quantised copies of the right model only.
 
     Raises:
         ValueError: the folder holds no edit set, or one of another base model; the model is unchanged then.
     """
-    edit_set = load(Path(folder))
+    edit_set = load(local_folder(folder))
     if check:
         check_base(edit_set, fingerprint(model))
     config = edit_set.config
@@ -145,7 +238,7 @@ def load_edits(model: nn.Module, folder: str | Path, *, check: bool = True) -> n
 # -------------------------------------------------------------------- batches
 
 
-def _batch_to_json(folder: Path, batch: Batch) -> dict[str, Any]:
+def _batch_to_json(folder: Path, batch: Batch, parent: str | None) -> dict[str, Any]:
     tensors = {
         f"{position}.{name}": getattr(update, name)
         for position, update in enumerate(batch.layers)
@@ -153,6 +246,7 @@ def _batch_to_json(folder: Path, batch: Batch) -> dict[str, Any]:
     }
     return {
         "id": batch.id,
+        "parent": parent,
         "time": batch.time,
         "seconds": batch.seconds,
         "metrics": batch.metrics,
@@ -164,6 +258,8 @@ def _batch_to_json(folder: Path, batch: Batch) -> dict[str, Any]:
 
 
 def _batch_from_json(folder: Path, line: Mapping[str, Any]) -> Batch:
+    if set(line) != _BATCH_FIELDS:
+        raise ValueError(f"a ledger line of {folder} has the fields {sorted(line)}, expected {sorted(_BATCH_FIELDS)}")
     tensors = _read_tensors(folder, line["tensors"])
     return Batch(
         id=line["id"],
@@ -172,7 +268,7 @@ def _batch_from_json(folder: Path, line: Mapping[str, Any]) -> Batch:
         metrics=line["metrics"],
         outcomes=tuple(
             EditOutcome(
-                EditRequest(**outcome["request"]), outcome["loss"], outcome["steps"], tuple(outcome["strength"]),
+                _request_of(outcome["request"]), outcome["loss"], outcome["steps"], tuple(outcome["strength"]),
                 outcome["residual_left"],
             )
             for outcome in line["outcomes"]
@@ -186,6 +282,13 @@ def _batch_from_json(folder: Path, line: Mapping[str, Any]) -> Batch:
             for position, alpha in enumerate(line["alphas"])
         ),
     )  # fmt: skip
+
+
+def _request_of(fields: Mapping[str, Any]) -> EditRequest:
+    unknown = sorted(set(fields) - set(EditRequest.__dataclass_fields__))
+    if unknown:
+        raise ValueError(f"a request in the ledger has unknown fields {unknown}")
+    return EditRequest(**fields)
 
 
 def _delta_of(tensors: Mapping[str, Tensor], position: int) -> LowRankDelta:
@@ -215,6 +318,19 @@ def _number(value: float) -> float | None:
 # -------------------------------------------------------------------- files
 
 
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One writer at a time; systems without flock go without."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with (folder / LOCK).open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def _write_tensors(folder: Path, kind: str, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Writes a file named by its content; its name and sha256 for the manifest."""
     content = to_bytes({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
@@ -229,13 +345,14 @@ def _write_tensors(folder: Path, kind: str, tensors: Mapping[str, Tensor]) -> di
 
 def _read_tensors(folder: Path, entry: Mapping[str, str]) -> dict[str, Tensor]:
     path = folder / Path(entry["file"]).name
-    if not path.is_file():
-        raise ValueError(f"edit set is incomplete: {path} is missing")
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    try:
+        content = path.read_bytes()  # once: a writer may sweep the file at any moment
+    except FileNotFoundError:
+        raise ValueError(f"edit set is incomplete: {path} is missing") from None
+    digest = hashlib.sha256(content).hexdigest()
     if digest != entry["sha256"]:
         raise ValueError(f"{path} is damaged: sha256 {digest}, the edit set names {entry['sha256']}")
-    with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return from_bytes(content)
 
 
 def _write_synced(path: Path, content: bytes) -> None:
