@@ -1,0 +1,115 @@
+"""`coachhook bench targets`: target values, and whole batches, against one request at a time.
+
+The baseline is slow, so it works on the first `sample` requests of the batch; seconds are per edit on both sides.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+
+from coachhook_fast.bench.rows import Row, baseline, once, row
+from coachhook_fast.bench.workload import corpus, gemm_rate, requests
+from coachhook_fast.config import EditConfig
+from coachhook_fast.editor import Editor
+from coachhook_fast.forward import frozen
+from coachhook_fast.keys import bare_outputs
+from coachhook_fast.models import load_model
+from coachhook_fast.request import TokenisedRequest, tokenise_batch
+from coachhook_fast.targets import Target, optimise
+
+
+def run(model: str = "smollm2", count: int = 20, sample: int = 4) -> list[Row]:
+    """Rows "target values" and "whole batch" of `count` edits; the baseline does `sample` of them."""
+    loaded, tokenizer = load_model(model, dtype=torch.float32)
+    editor = Editor(loaded, tokenizer, EditConfig())
+    editor.collect_statistics(corpus(), progress=False)
+    wanted, source = requests(count)
+    batch = tokenise_batch(wanted, tokenizer, editor.edit_set.contexts, None)
+    shape = f"{model}, {count} requests of {source}, {len(batch[0].rows)} contexts, layers {editor.layers}"
+    return [_values(editor, batch, sample, shape), _batches(editor, batch, sample, shape)]
+
+
+def _values(editor: Editor, batch: list[TokenisedRequest], sample: int, shape: str) -> Row:
+    partial, config, last = editor.partial, editor.config, editor.layers[-1]
+    plain = baseline("one_at_a_time")
+    with frozen(editor.model):
+        limit = config.max_batch_tokens
+        v0 = bare_outputs(partial, last, batch, pad_id=0, max_tokens=limit)
+        found: list[Target] = []
+        ours = once(lambda: found.extend(optimise(partial, last, batch, v0, config, pad_id=0, whole_rows=False)))
+        expected: list[Any] = []
+        block = partial.blocks[last]
+        theirs = once(
+            lambda: expected.extend(plain.target_value(editor.model, block, t, config, 0) for t in batch[:sample])
+        )
+    differences = [float((f.value - v).norm() / v.norm()) for f, (v, _) in zip(found, expected, strict=False)]
+    same_steps = [f.steps == steps for f, (_, steps) in zip(found, expected, strict=False)]
+    per_edit = ours / len(batch)
+    return row(
+        "target values, an edit",
+        "one request at a time, whole model, whole sequence",
+        [per_edit],
+        [theirs / sample],
+        floor_seconds=_floor_flops(editor, batch, found) / gemm_rate() / len(batch),
+        checked=max(differences) < 1e-4 and all(same_steps),
+        dtype=torch.float32,
+        shape=shape,
+        largest_difference=max(differences),
+        steps=sum(f.steps for f in found) / len(found),
+        baseline_requests=sample,
+    )
+
+
+def _floor_flops(editor: Editor, batch: list[TokenisedRequest], found: list[Target]) -> float:
+    """Flops that a step cannot avoid, over all steps: upper blocks forward and backward for the tokens from the lookup
+    position on, the head at predicted positions; and the lower blocks once."""
+    partial, last = editor.partial, editor.layers[-1]
+    size = [sum(p.numel() for p in block.parameters() if p.dim() == 2) for block in partial.blocks]
+    head: Any = editor.model.get_output_embeddings()  # type: ignore[operator]
+    total = 0.0
+    for tokens, target in zip(batch, found, strict=True):
+        upper = sum(len(r.prompt) + len(r.target) - 1 - r.lookup for r in tokens.rows) + 1
+        predicted = sum(len(r.target) for r in tokens.rows) + 1
+        total += (target.steps + 1) * 4.0 * (upper * sum(size[last + 1 :]) + predicted * head.weight.numel())
+        total += 2.0 * sum(len(r.prompt) + len(r.target) for r in tokens.rows) * sum(size)
+    return total
+
+
+def _batches(editor: Editor, batch: list[TokenisedRequest], sample: int, shape: str) -> Row:
+    partial, layers = editor.partial, editor.layers
+    plain = baseline("one_at_a_time")
+    downs = [hook.base_layer for hook in editor.hooks]
+    matrices = [memory.matrix() for memory in editor.memories]
+    expected: list[torch.Tensor] = []
+    few = batch[:sample]
+    with editor.disabled(), frozen(editor.model):
+        theirs = once(
+            lambda: expected.extend(
+                plain.edit(editor.model, partial.blocks, downs, layers, matrices, few, editor.config, 0)
+            )
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        # The method gates layers already updated, the baseline does not: compared with the gate open.
+        checker = editor.edit([tokens.request for tokens in few], progress=False)
+        first = checker.layers[0]
+        difference = float((first.residuals @ first.directions.T - expected[0]).norm() / expected[0].norm())
+        editor.rollback(checker.id)
+        ours = once(lambda: editor.edit([tokens.request for tokens in batch], progress=False))
+    done = editor.ledger[-1]
+    found = [Target(torch.empty(0), outcome.loss, outcome.steps) for outcome in done.outcomes]
+    return row(
+        "whole batch, an edit",
+        "published flow: one request at a time, whole passes, LU solve",
+        [ours / len(batch)],
+        [theirs / sample],
+        floor_seconds=_floor_flops(editor, batch, found) / gemm_rate() / len(batch),
+        checked=difference < 1e-3,
+        dtype=torch.float32,
+        shape=shape,
+        largest_difference=difference,
+        baseline_requests=sample,
+    )
