@@ -1,0 +1,54 @@
+"""`pytest bench/bench_gated_linear.py`: `coachhook bench gated-linear` under pytest-benchmark, in smaller sizes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from coachhook_fast.bench import gated_linear, rows
+from coachhook_fast.layer import HookLinear
+
+SIZES = [(rank, tokens) for rank in (10, 100, "full") for tokens in (1, 64)]
+
+
+def setting(rank: int | str, tokens: int) -> tuple[HookLinear, torch.Tensor]:
+    torch.manual_seed(0)
+    m, d = gated_linear.SHAPES["gpt2-xl"]
+    hook = HookLinear(nn.Linear(d, m).requires_grad_(False))
+    x = gated_linear.keys(tokens, d, torch.float32)
+    gated_linear.arrange(hook, gated_linear.random_delta(m, d, rank, torch.float32), x, gated_linear.SHARE)
+    return hook, x
+
+
+@pytest.mark.parametrize(("rank", "tokens"), SIZES)
+def test_gated_projection(benchmark: Any, rank: int | str, tokens: int) -> None:
+    hook, x = setting(rank, tokens)
+    assert gated_linear.checked(hook, x, gated_linear.SHARE)
+    benchmark.group = f"gpt2-xl, rank {rank}, {tokens} tokens"
+    with torch.inference_mode():
+        benchmark(hook, x)
+
+
+@pytest.mark.parametrize(("rank", "tokens"), SIZES)
+def test_plain_projection(benchmark: Any, rank: int | str, tokens: int) -> None:
+    hook, x = setting(rank, tokens)
+    benchmark.group = f"gpt2-xl, rank {rank}, {tokens} tokens"
+    with torch.inference_mode():
+        benchmark(hook.base_layer, x)
+
+
+@pytest.mark.parametrize(("rank", "tokens"), SIZES)
+def test_published_hook(benchmark: Any, rank: int | str, tokens: int) -> None:
+    hook, x = setting(rank, tokens)
+    twin = rows.baseline("published_hook").PublishedHook(hook.weight, hook.bias, hook.get_delta_weight(), 2.2)
+    benchmark.group = f"gpt2-xl, rank {rank}, {tokens} tokens"
+    with torch.inference_mode():
+        benchmark(twin, x[None])
+
+
+def test_rows() -> None:
+    found = rows.complete(gated_linear.run(shapes=["gpt2-xl"], ranks=[10], tokens=[1], decisions=8000))
+    assert all(row["checked"] for row in found)
