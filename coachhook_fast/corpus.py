@@ -117,6 +117,17 @@ def pack_rows(documents: Iterable[Sequence[int]], begin: Sequence[int], length: 
         yield torch.tensor(ids), torch.tensor(positions)
 
 
+def sequences_of(rows: Iterable[tuple[Tensor, Tensor]]) -> list[list[int]]:
+    """The sequences inside packed rows: each begins where the position is 0."""
+    found: list[list[int]] = []
+    for ids, positions in rows:
+        for token, position in zip(ids.tolist(), positions.tolist(), strict=True):
+            if position == 0:
+                found.append([])
+            found[-1].append(token)
+    return found
+
+
 def _items(corpus: Corpus) -> Iterator[Any]:
     if isinstance(corpus, (str, Path)):
         path = Path(corpus)

@@ -11,7 +11,7 @@ from tiny import FAMILIES, tiny_model, tiny_texts, tiny_tokenizer
 from torch import Tensor
 
 from coachhook_fast.architectures import layout_of
-from coachhook_fast.corpus import begin_tokens, pack_rows, read_documents, sample_documents
+from coachhook_fast.corpus import begin_tokens, pack_rows, read_documents, sample_documents, sequences_of
 from coachhook_fast.forward import PartialModel
 from coachhook_fast.statistics import KeyAccumulator, KeyStatistics, collect
 
@@ -31,17 +31,6 @@ def plain_keys(model: Any, partial: PartialModel, layer: int, sequences: list[li
             model(torch.tensor([sequence]))
     handle.remove()
     return torch.cat(kept)
-
-
-def sequences_of(rows: list[tuple[Tensor, Tensor]]) -> list[list[int]]:
-    """The sequences inside packed rows: each begins where the position is 0."""
-    found: list[list[int]] = []
-    for ids, positions in rows:
-        for token, position in zip(ids.tolist(), positions.tolist(), strict=True):
-            if position == 0:
-                found.append([])
-            found[-1].append(token)
-    return found
 
 
 @pytest.mark.parametrize("family", FAMILIES)

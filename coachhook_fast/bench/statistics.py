@@ -8,7 +8,7 @@ from coachhook_fast.architectures import layout_of
 from coachhook_fast.bench.rows import Row, baseline, once, row
 from coachhook_fast.bench.workload import corpus
 from coachhook_fast.config import default_layers
-from coachhook_fast.corpus import begin_tokens, pack_rows, read_documents, sample_documents
+from coachhook_fast.corpus import begin_tokens, pack_rows, read_documents, sample_documents, sequences_of
 from coachhook_fast.forward import PartialModel, frozen
 from coachhook_fast.models import load_model
 from coachhook_fast.statistics import KeyStatistics, collect
@@ -28,7 +28,7 @@ def run(model: str = "smollm2", tokens: int = 12_288, batch_tokens: int = 4096) 
         documents = read_documents(text, tokenizer, tokens)
     begin = begin_tokens(tokenizer)
     rows = list(pack_rows(documents, begin, _LENGTH))
-    sequences = _sequences(rows)
+    sequences = sequences_of(rows)
     found: list[KeyStatistics] = []
     plain = baseline("layerwise_statistics")
     expected: list[dict[int, torch.Tensor]] = []
@@ -74,14 +74,3 @@ def run(model: str = "smollm2", tokens: int = 12_288, batch_tokens: int = 4096) 
             over_forward_alone=min(mine) / min(floors),
         )
     ]
-
-
-def _sequences(rows: list[tuple[torch.Tensor, torch.Tensor]]) -> list[list[int]]:
-    """The sequences that packing made: each starts at position 0."""
-    found: list[list[int]] = []
-    for ids, positions in rows:
-        for token, position in zip(ids.tolist(), positions.tolist(), strict=True):
-            if position == 0:
-                found.append([])
-            found[-1].append(token)
-    return found
