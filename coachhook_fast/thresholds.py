@@ -51,57 +51,6 @@ def calibrated_threshold(norms: torch.Tensor, config: EditConfig) -> Threshold:
     return Threshold(value, mean, std)
 
 
-def carried_gate(
-    norm: Tensor,  # [S, q]
-    alpha: Tensor,  # []
-    mask: Tensor | None,  # [S, q] bool, True = a real token
-    before: Tensor | None,  # [S, 3]: count, mean, M2 before these tokens
-    prompt_length: int | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fire [S, q], z [S, q], states [S, q, 3]
-    """`sequence` in cached decoding.
-
-    A sequence's first tokens, its prompt, are judged together; every later token against all tokens up to itself. So an
-    answer does not depend on how many tokens a later pass brings: one, a turn of a conversation, or a draft to verify.
-
-    Args:
-        prompt_length: how many of the tokens belong to the prompt where nothing came before; None: all.
-
-    Returns:
-        Decisions, z, and the running state after each token, to which a cache may be cut back.
-    """
-    states = _running_states(norm, mask, before)
-    end = norm.shape[1] if prompt_length is None else prompt_length
-    in_prompt = torch.arange(norm.shape[1], device=norm.device)[None] < end
-    if before is not None:
-        in_prompt = in_prompt & (before[:, :1] == 0)
-    against = torch.where(in_prompt[..., None], states[:, end - 1 : end], states)
-    count, mean, m2 = against.unbind(-1)
-    z = (norm.to(torch.float64) - mean) / torch.sqrt(m2 / (count - 1.0))  # count 1: 0/0, NaN
-    if mask is not None:
-        z = torch.where(mask, z, torch.nan)
-    fire = (z >= alpha) & (count >= 2.0)
-    return fire, z.to(norm.dtype), states.to(norm.dtype)
-
-
-def _running_states(norm: Tensor, mask: Tensor | None, before: Tensor | None) -> Tensor:
-    """(count, mean, M2) after each token, [S, q, 3] fp64: sums about the mean, so nothing cancels."""
-    valid = torch.ones_like(norm, dtype=torch.bool) if mask is None else mask
-    values = torch.where(valid, norm.to(torch.float64), 0.0)  # whatever sits in the padding stays out
-    count = valid.to(torch.float64).cumsum(1)
-    centre = values.sum(1, keepdim=True) / count[:, -1:].clamp(min=1.0)
-    deviation = torch.where(valid, values - centre, 0.0)
-    total = deviation.cumsum(1)
-    mean = centre + total / count.clamp(min=1.0)
-    m2 = ((deviation * deviation).cumsum(1) - total * total / count.clamp(min=1.0)).clamp(min=0.0)
-    if before is not None:  # Chan's formula
-        count0, mean0, m20 = before.to(torch.float64)[:, None].unbind(-1)
-        both = count0 + count
-        share = count / both.clamp(min=1.0)
-        shift = mean - mean0
-        mean, m2, count = mean0 + shift * share, m20 + m2 + shift * shift * count0 * share, both
-    return torch.stack([count, mean, m2], dim=-1)
-
-
 @torch.no_grad()
 def reachable_alphas(
     partial: PartialModel, hooks: Hooks, edited: EditSet, batch: Sequence[TokenisedRequest]
