@@ -33,6 +33,7 @@ from baselines.memit import Memit
 from baselines.published_coachhook_flow import PublishedFlow
 
 from coachhook_fast import EditConfig, Editor, EditRequest, load_model
+from coachhook_fast.config import PAPER
 from coachhook_fast.datasets import EditRecord, read_records
 from coachhook_fast.evaluate import BaseAnswers, HeldOut, evaluate
 from coachhook_fast.evaluate.base import records_hash
@@ -101,13 +102,16 @@ class Method:
         return f"{self.name}/{self.gate}"
 
 
+# The others' own settings of target values and contexts, which those of MEMIT and AlphaEdit share with CoachHooK's.
+AS_PUBLISHED = tuple(PAPER.items())
+
 METHODS = (
     Method("coachhook-fast", "calibrated", Ours),
     Method("coachhook-fast", "sequence", Ours, (("gate", "sequence"),)),
     Method("coachhook-fast", "none", Ours, ungated=True),
-    Method("published", "published", PublishedFlow),
-    Method("memit", "none", Memit),
-    Method("alphaedit", "none", AlphaEdit),
+    Method("published", "published", PublishedFlow, AS_PUBLISHED),
+    Method("memit", "none", Memit, AS_PUBLISHED),
+    Method("alphaedit", "none", AlphaEdit, AS_PUBLISHED),
     Method("finetune", "none", FineTune),
 )
 

@@ -20,14 +20,26 @@ _EASYEDIT_ONLY = {
     "lm_head_module", "mom2_adjustment", "mom2_dataset", "mom2_n_samples", "mom2_dtype", "objective_optimization",
 }  # fmt: skip
 
+# The published settings (arXiv 2403.05330) that the defaults differ from.
+PAPER: dict[str, Any] = {
+    "v_lr": 0.5,
+    "v_num_grad_steps": 25,
+    "v_loss_threshold": 0.05,
+    "clamp_norm_factor": 0.75,
+    "context_seeds": ("The", "Therefore", "Because", "I", "You"),
+    "subject_templates": (),
+}
+
 
 @dataclass(frozen=True)
 class EditConfig:
     """Settings of an editing run; every value is checked when the object is made.
 
+    The defaults are what docs/notes/generality.md found best; `paper()` has the published ones.
+
     Args:
         layers: edited blocks, ascending; None takes `default_layers` of the model.
-        v_lr: Adam's learning rate for the target values.
+        v_lr: Adam's learning rate for the target values; None takes one a request, see `targets.STEP_SHARE`.
         v_num_grad_steps: most Adam steps for a target value.
         v_weight_decay: weight of ||δ|| / ||v0||².
         v_loss_threshold: a request whose loss is below it stops.
@@ -39,7 +51,7 @@ class EditConfig:
         stats_sequence_length: tokens a packed row of the statistics pass, capped by the model's context.
         gate: "calibrated" or "sequence".
         alpha: the `sequence` gate's first threshold α; it never rises.
-        threshold_rule: "zscore" or "fpr", how `calibrated` finds τ (see gate.calibrated_threshold).
+        threshold_rule: "zscore" or "fpr", how `calibrated` finds τ (see thresholds.calibrated_threshold).
         threshold_z: standard deviations above the mean for "zscore".
         threshold_fpr: share of ordinary tokens that may pass for "fpr".
         threshold_keys: ordinary keys kept a layer to find τ.
@@ -55,11 +67,11 @@ class EditConfig:
     """
 
     layers: tuple[int, ...] | None = None
-    v_lr: float = 0.5
-    v_num_grad_steps: int = 25
+    v_lr: float | None = None
+    v_num_grad_steps: int = 15
     v_weight_decay: float = 0.5
-    v_loss_threshold: float = 0.05
-    clamp_norm_factor: float = 0.75
+    v_loss_threshold: float = 0.02
+    clamp_norm_factor: float = 3.0
     kl_factor: float = 0.0625
     mom2_update_weight: float | None = None
     mom2_n_tokens: int | None = None
@@ -71,9 +83,9 @@ class EditConfig:
     threshold_z: float = 8.0
     threshold_fpr: float = 1e-3
     threshold_keys: int = 4096
-    context_seeds: tuple[str, ...] = ("The", "Therefore", "Because", "I", "You")
+    context_seeds: tuple[str, ...] = ("The",)
     context_tokens: int = 10
-    subject_templates: tuple[str, ...] = ()
+    subject_templates: tuple[str, ...] = ("{} is associated with", "A text about {} mentions")
     max_batch_tokens: int = 8192
     layer_module_tmp: str | None = None
     rewrite_module_tmp: str | None = None
@@ -87,7 +99,7 @@ class EditConfig:
                 raise ValueError(f"layers must be one or more block numbers >= 0, got {self.layers}")
             if list(self.layers) != sorted(set(self.layers)):
                 raise ValueError(f"layers must be ascending without repeats, got {self.layers}")
-        for name in ("v_lr", "clamp_norm_factor", "alpha", "threshold_z", "threshold_fpr"):
+        for name in ("clamp_norm_factor", "alpha", "threshold_z", "threshold_fpr"):
             _check_number(name, getattr(self, name), above=0.0)
         for name in ("v_weight_decay", "v_loss_threshold", "kl_factor"):
             _check_number(name, getattr(self, name), least=0.0)
@@ -95,8 +107,9 @@ class EditConfig:
             _check_number(name, getattr(self, name), least=1, integer=True)
         _check_number("threshold_keys", self.threshold_keys, least=2, integer=True)
         _check_number("context_tokens", self.context_tokens, least=1, integer=True)
-        if self.mom2_update_weight is not None:
-            _check_number("mom2_update_weight", self.mom2_update_weight, above=0.0)
+        for name in ("v_lr", "mom2_update_weight"):
+            if getattr(self, name) is not None:
+                _check_number(name, getattr(self, name), above=0.0)
         if self.mom2_tolerance is not None:
             _check_number("mom2_tolerance", self.mom2_tolerance, above=0.0)
         if self.mom2_n_tokens is not None:
@@ -111,6 +124,11 @@ class EditConfig:
             raise ValueError(f"context_seeds must be non-empty strings, got {self.context_seeds}")
         if not all(isinstance(text, str) and text.count("{}") == 1 for text in self.subject_templates):
             raise ValueError(f"subject_templates must be texts with one slot '{{}}' each, got {self.subject_templates}")
+
+    @classmethod
+    def paper(cls, **changes: Any) -> EditConfig:
+        """The published settings of the target values and contexts (arXiv 2403.05330), with `changes`."""
+        return cls(**{**PAPER, **changes})
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> EditConfig:

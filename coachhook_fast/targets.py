@@ -29,6 +29,9 @@ from coachhook_fast.progress import Bar
 from coachhook_fast.request import TokenisedRequest
 from coachhook_fast.target_rows import TargetRows
 
+# Without a learning rate of its own a request's δ moves by about this share of ||v0|| a step.
+STEP_SHARE = 0.35
+
 
 @dataclass(frozen=True)
 class Target:
@@ -120,7 +123,10 @@ class _Problem:
         """Targets of the requests, in order."""
         lengths = [self.v0[members].norm(dim=1).min() for members in self.clusters]
         deltas = [torch.zeros_like(self.v0[members[0]]).requires_grad_() for members in self.clusters]
-        adam = torch.optim.Adam(deltas, lr=self.config.v_lr)
+        # Adam moves each of m coordinates by about the rate, so δ by √m rates: a share of ||v0|| suits every model.
+        rates = [self.config.v_lr or STEP_SHARE * float(length) / deltas[0].numel() ** 0.5 for length in lengths]
+        groups = [{"params": [delta], "lr": rate} for delta, rate in zip(deltas, rates, strict=True)]
+        adam = torch.optim.Adam(groups)
         active = list(range(len(self.clusters)))
         found: dict[int, Target] = {}
         for step in range(self.config.v_num_grad_steps + 1):

@@ -60,7 +60,7 @@ def assert_same(first: list[torch.Tensor], second: list[torch.Tensor]) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_takes_edits(family: str) -> None:
     # Strong edits, keys of the bare prompt alone and a gate that lets nearly all pass: then V must be reached.
-    open_gate = {"threshold_rule": "fpr", "threshold_fpr": 0.99, "context_seeds": ()}
+    open_gate = {"threshold_rule": "fpr", "threshold_fpr": 0.99, "context_seeds": (), "subject_templates": ()}
     editor = make(family, CONFIG.replace(mom2_update_weight=0.01, clamp_norm_factor=0.75, **open_gate))
     before = {name: value.clone() for name, value in editor.model.named_parameters()}
     clean = logits(editor.model)
@@ -242,7 +242,7 @@ def test_bf16_serves_what_fp32_edited(tmp_path: Path) -> None:
 
 def test_one_subject_twice_in_a_batch_goes_in_where_the_plain_update_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     pair = [EditRequest("{} works as a", "Ada Vale", "pilot"), EditRequest("{} was born in", "Ada Vale", "Oslo")]
-    open_gate = {"threshold_rule": "fpr", "threshold_fpr": 0.99, "context_seeds": ()}
+    open_gate = {"threshold_rule": "fpr", "threshold_fpr": 0.99, "context_seeds": (), "subject_templates": ()}
     config = CONFIG.replace(mom2_update_weight=0.01, clamp_norm_factor=0.75, **open_gate)
 
     def residual_left() -> float:
@@ -330,7 +330,7 @@ def test_config_refuses_what_it_does_not_know(tmp_path: Path) -> None:
         EditConfig(gate="soft")
     file = tmp_path / "memit.yaml"
     file.write_text("alg_name: MEMIT\nlayers: [3, 4]\nv_lr: 0.5\nclamp_norm_factor: 0.75\nmom2_n_samples: 100000\n")
-    assert EditConfig.from_yaml(file) == EditConfig(layers=(3, 4))
+    assert EditConfig.from_yaml(file) == EditConfig(layers=(3, 4), v_lr=0.5, clamp_norm_factor=0.75)
 
 
 def test_layouts_reach_every_block() -> None:

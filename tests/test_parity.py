@@ -94,6 +94,7 @@ def config_of(settings: Settings) -> EditConfig:
         threshold_z=settings.threshold_z,
         threshold_fpr=settings.threshold_fpr,
         context_seeds=tuple(settings.seeds),
+        subject_templates=(),
         context_tokens=settings.context_tokens,
         threshold_keys=100_000,  # more than the corpus has: the sample is the corpus
         max_batch_tokens=700,  # several groups and chunks a batch

@@ -71,7 +71,7 @@ def one_at_a_time(
 def test_a_batch_equals_one_at_a_time(family: str) -> None:
     model, tokenizer = tiny_model(family, dtype=torch.float64), tiny_tokenizer(bos=family == "llama")
     # Some requests must stop early and others not at all, in groups of their own.
-    config = EditConfig(v_num_grad_steps=8, v_loss_threshold=6.8, clamp_norm_factor=4.0, max_batch_tokens=400)
+    config = EditConfig(v_lr=0.5, v_num_grad_steps=8, v_loss_threshold=6.8, clamp_norm_factor=4.0, max_batch_tokens=400)
     partial = PartialModel(model, layout_of(model))
     batch = [EditRequest(**fact).tokenise(tokenizer, CONTEXTS) for fact in tiny_facts(4)]
     last = 2
