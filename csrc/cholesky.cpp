@@ -14,7 +14,7 @@ namespace coachhook {
 namespace {
 
 // Above this n / d, refactorising is cheaper than rotating. Measured, docs/notes/solver.md.
-constexpr double kRefactorRatio = 1.0;
+constexpr double kRefactorRatio = 0.8;
 
 InterruptCheck interrupt_check = nullptr;
 bool always_portable = false;
