@@ -83,9 +83,7 @@ def gated_linear(
     state: Tensor | None = None,  # [S, 3]
 ) -> GateOutput:  # out [..., m], fire [...], state [S, 3] ([0, 3] under calibrated)
     """Base projection, gate and correction in one op."""
-    return torch.ops.coachhook.gated_linear(
-        x, weight, bias, U, B, threshold, sketch, gate, mask, cu_seqlens, state
-    )
+    return torch.ops.coachhook.gated_linear(x, weight, bias, U, B, threshold, sketch, gate, mask, cu_seqlens, state)
 
 
 # -------------------------------------------------------------------------------- plain definitions and fakes

@@ -24,7 +24,7 @@ GateOutput = tuple[Tensor, Tensor, Tensor]
 # cuBLAS for the base, a second pass over the activations for the delta, which costs tokens * d elements.
 WAYS = ((64, "decode"), (256, "fused"), (float("inf"), "separate"))
 
-# In one launch, B is read as soon as one token is undecided; with 10 % undecided that is likelier than not from here on.
+# In one launch, B is read as soon as one token is undecided: with 10 % undecided, likelier than not above this.
 TWO_STAGE_DECODE_TOKENS = 6
 
 
