@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from coachhook_fast.ops import extension_available
 from coachhook_fast.ops import gated_linear as ops
 from coachhook_fast.reference import gated_linear as reference
 from coachhook_fast.sketch import lower_quantile, make_sketch, sketch_rows
@@ -227,6 +228,7 @@ def test_autocast_moves_no_decision() -> None:
     torch.testing.assert_close(out.float(), plain[0], rtol=3e-2, atol=5e-2)
 
 
+@pytest.mark.skipif(not extension_available(), reason="the plain definition leaves shapes to torch")
 def test_errors_name_the_argument() -> None:
     x, weight, bias, U, B = problem((4,), torch.float32)
     threshold = torch.tensor(1.0)
