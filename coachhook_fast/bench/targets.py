@@ -24,7 +24,7 @@ from coachhook_fast.targets import Target, optimise
 def run(model: str = "smollm2", count: int = 20, sample: int = 4) -> list[Row]:
     """Rows "target values" and "whole batch" of `count` edits; the baseline does `sample` of them."""
     loaded, tokenizer = load_model(model, dtype=torch.float32)
-    editor = Editor(loaded, tokenizer, EditConfig())
+    editor = Editor(loaded, tokenizer, EditConfig.paper())  # six rows a request and 25 steps, as published
     editor.collect_statistics(corpus(), progress=False)
     wanted, source = requests(count)
     batch = tokenise_batch(wanted, tokenizer, editor.edit_set.contexts, None)
