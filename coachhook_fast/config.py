@@ -35,7 +35,7 @@ PAPER: dict[str, Any] = {
 class EditConfig:
     """Settings of an editing run; every value is checked when the object is made.
 
-    The defaults are what docs/notes/generality.md found best; `paper()` has the published ones.
+    The defaults are what docs/notes/generality.md found best; `EditConfig(**PAPER)` has the published ones.
 
     Args:
         layers: edited blocks, ascending; None takes `default_layers` of the model.
@@ -124,11 +124,6 @@ class EditConfig:
             raise ValueError(f"context_seeds must be non-empty strings, got {self.context_seeds}")
         if not all(isinstance(text, str) and text.count("{}") == 1 for text in self.subject_templates):
             raise ValueError(f"subject_templates must be texts with one slot '{{}}' each, got {self.subject_templates}")
-
-    @classmethod
-    def paper(cls, **changes: Any) -> EditConfig:
-        """The published settings of the target values and contexts (arXiv 2403.05330), with `changes`."""
-        return cls(**{**PAPER, **changes})
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> EditConfig:
