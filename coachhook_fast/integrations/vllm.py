@@ -102,6 +102,7 @@ class EditedConfig(QuantizationConfig):
         self.template = ""
         self.positions: dict[int, int] = {}
         self._attached: set[int] = set()
+        self._complete = False
         self._deltas: list[tuple[LowRankDelta, float]] | None = None
         self.digest = ""
 
@@ -204,23 +205,22 @@ class EditedConfig(QuantizationConfig):
 
     def _edits(self) -> list[tuple[LowRankDelta, float]]:
         if self._deltas is None:
-            edit_set = store.load_weights(self.folder)
-            self._deltas = edit_set
+            self._deltas = store.load_weights(self.folder)
         return self._deltas
 
     def _check_complete(self) -> None:
         """Once, when loading ends: every edited block of this rank has its edits."""
-        if self._deltas is None and not self._attached and not self.positions:
+        if self._complete:
             return
-        if not hasattr(self, "_said"):
-            expected = set(self.positions.values()) if _pipeline_size() == 1 else self._attached
-            missing = sorted(expected - self._attached)
-            if missing:
-                names = [self.template.format(layer) for layer, at in self.positions.items() if at in missing]
-                raise ValueError(f"the edit set does not fit the model: vLLM built no layers {names}")
-            self._said = True
-            self._deltas = None  # the layers hold their shards
-            logger.warning("coachhook: edited %d layers, edit set %s", len(self._attached), self.digest)
+        expected = set(self.positions.values()) if _pipeline_size() == 1 else self._attached
+        missing = sorted(expected - self._attached)
+        if missing:
+            names = [self.template.format(layer) for layer, at in self.positions.items() if at in missing]
+            raise ValueError(f"the edit set does not fit the model: vLLM built no layers {names}")
+        self._complete = True
+        self._deltas = None  # the layers hold their shards
+        # A warning, so that it shows at vLLM's quieter log levels too.
+        logger.warning("coachhook: edited %d layers, edit set %s", len(self._attached), self.digest)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_deltas": None}
@@ -277,7 +277,7 @@ class EditedLinearMethod(LinearMethodBase):
         write_edits(layer, delta, threshold)
         if get_tensor_model_parallel_world_size() == 1:
             # A sketch pays at ranks where most tokens should not be measured in full; its size is the rank's.
-            layer.coachhook_sketch = make_sketch(layer.coachhook_B, 1e-9)  # type: ignore[arg-type]
+            layer.coachhook_sketch = make_sketch(layer.coachhook_B, 1e-9)  # type: ignore[arg-type,assignment]
         self._edits = None
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
@@ -327,13 +327,11 @@ class SwapEdits:
 
     def __call__(self, model: nn.Module) -> int:
         edits = store.load_weights(Path(self.folder))
-        layers = [
-            (layer, layer.quant_method.position)
-            for layer in model.modules()
-            if isinstance(getattr(layer, "quant_method", None), EditedLinearMethod)
+        layers: list[Any] = [
+            layer for layer in model.modules() if isinstance(getattr(layer, "quant_method", None), EditedLinearMethod)
         ]
-        for layer, position in layers:
-            write_edits(layer, *edits[position])
+        for layer in layers:
+            write_edits(layer, *edits[layer.quant_method.position])
         return len(layers)
 
 

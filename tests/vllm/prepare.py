@@ -2,9 +2,9 @@
 
     python tests/vllm/prepare.py FOLDER
 
-FOLDER gets `model/` (a link), `edits-a/` and `edits-b/` (the same facts and a batch more), `sequence/` (vLLM refuses it)
+FOLDER gets `model/` (a link), `edits-a/` and `edits-b/` (those facts and a batch more), `sequence/` (vLLM refuses it)
 and `expected.json`: prompt token ids and, for each version, the tokens. A sequence ends where the model hesitates
-between two tokens (a logit gap under `MARGIN`), for there rounding may decide.
+between two tokens (`vllm_modes.MARGIN`), for there rounding may decide.
 """
 
 from __future__ import annotations
@@ -15,33 +15,15 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from coachhook_fast import EditConfig, Editor, EditRequest, load_model, store
+from coachhook_fast.integrations.vllm_modes import certain_tokens
 from coachhook_fast.models import cache_dir
 
-NEW_TOKENS = 24
-MARGIN = 1e-2
 ROOT = Path(__file__).resolve().parents[2]
 FACTS = ROOT / "examples" / "facts.jsonl"
 ORDINARY = ("The capital of France is", "Water boils at a temperature of", "My favourite book is about")
 FILLER = "It rained all day in the old town, and the baker closed early. Nobody minded, for the market was full. "
-
-
-def greedy(model: Any, ids: list[int]) -> list[int]:
-    """Greedy tokens up to the first hesitation."""
-    made = model.generate(
-        torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.int64), max_new_tokens=NEW_TOKENS,
-        do_sample=False, output_logits=True, return_dict_in_generate=True, eos_token_id=None,
-    )  # fmt: skip
-    tokens = made.sequences[0, len(ids) :].tolist()
-    for step, logits in enumerate(made.logits):
-        best = logits[0].float().topk(2).values
-        if float(best[0] - best[1]) < MARGIN:
-            return tokens[:step]
-    return tokens
 
 
 def requests() -> Iterator[EditRequest]:
@@ -64,11 +46,11 @@ def main(folder: Path) -> None:
 
     texts = [fact.text for fact in facts] + list(ORDINARY) + [FILLER * 12 + fact.text for fact in facts[:3]]
     prompts = [tokenizer(text).input_ids for text in texts]
-    expected = {"prompts": prompts, "base": [greedy(model, ids) for ids in prompts]}
+    expected = {"prompts": prompts, "base": [certain_tokens(model, ids) for ids in prompts]}
     for version, start, end in (("a", 0, 8), ("b", 8, 12)):
         editor.edit(facts[start:end])
         editor.save_pretrained(folder / f"edits-{version}")
-        expected[version] = [greedy(model, ids) for ids in prompts]
+        expected[version] = [certain_tokens(model, ids) for ids in prompts]
     changed = sum(a != base for a, base in zip(expected["a"][:8], expected["base"][:8], strict=True))
     assert changed >= 6, f"only {changed} of 8 edits changed what the model writes"
     refused = replace(editor.edit_set, config=editor.config.replace(gate="sequence"))

@@ -1,0 +1,66 @@
+"""`coachhook verify-vllm`: compare vLLM with transformers on this machine."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from coachhook_fast.cli.common import Report, add_edits, add_model, load_model
+from coachhook_fast.integrations.vllm_modes import MODES, certain_tokens, disagreements, run_mode
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+NAME = "verify-vllm"
+HELP = "Check that vLLM, with the plugin, gives the edited model's tokens as transformers does (fp32, greedy)."
+EXAMPLES = """examples:
+  coachhook verify-vllm --model ./model --edits edits/
+  coachhook verify-vllm --model ./model --edits edits/ --mode eager --mode compiled
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    add_edits(parser, required=True)
+    parser.add_argument(
+        "--mode", action="append", choices=sorted(MODES), help="one mode; may be repeated (default: all)"
+    )
+
+
+def run(arguments: argparse.Namespace) -> Report:
+    import importlib.util
+
+    if importlib.util.find_spec("vllm") is None:
+        raise ValueError("vLLM is not installed in this environment: pip install 'coachhook-fast[vllm]'")
+    from coachhook_fast.store import load_edits
+
+    arguments.dtype = "float32"
+    model, tokenizer = load_model(arguments)
+    load_edits(model, arguments.edits)
+    batches = model.coachhook.edit_set.batches
+    prompts = [tokenizer(request.text).input_ids for batch in batches for request in batch.requests][:64]
+    if not prompts:
+        raise ValueError(f"the edit set in {arguments.edits} has no edits to check")
+    certain = [certain_tokens(model, ids) for ids in prompts]
+    rows: list[dict[str, Any]] = []
+    for mode in arguments.mode or MODES:
+        row: dict[str, Any] = {"mode": mode, "prompts": len(prompts), "tokens": sum(map(len, certain))}
+        try:
+            report, _ = run_mode(mode, str(model.config._name_or_path), str(arguments.edits), prompts)
+            row["different"] = sorted(
+                {*disagreements(report["first"], certain), *disagreements(report["again"], certain)}
+            )
+        except RuntimeError as error:
+            row["error"] = str(error)
+        rows.append(row)
+    agree = all(row.get("different") == [] for row in rows)
+
+    def show(console: Console) -> None:
+        for row in rows:
+            if "error" in row:
+                verdict = row["error"].splitlines()[0]
+            else:
+                verdict = f"prompts {row['different']} differ" if row["different"] else "equal"
+            console.print(f"{row['mode']}: {row['tokens']} tokens of {row['prompts']} prompts: {verdict}", markup=False)
+
+    return Report({"agree": agree, "modes": rows}, show)
