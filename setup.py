@@ -74,9 +74,7 @@ class cmake_build_ext(build_ext):  # setuptools' command classes are lower case
             f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path};{pybind11.get_cmake_dir()}",
             f"-DCOACHHOOK_VERSION={self.distribution.get_version()}",
         ]
-        search = (
-            f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # the venv's ninja first
-        )
+        search = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # the venv's ninja first
         if (ninja := shutil.which("ninja", path=search)) is not None:
             configure.append(f"-DCMAKE_MAKE_PROGRAM={ninja}")
         subprocess.run(configure, check=True)

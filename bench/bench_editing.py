@@ -1,4 +1,4 @@
-"""`pytest bench/bench_editing.py`: `coachhook bench targets` and `statistics` under pytest-benchmark, in smaller sizes."""
+"""`coachhook bench targets` and `statistics` under pytest-benchmark, in smaller sizes."""
 
 from __future__ import annotations
 

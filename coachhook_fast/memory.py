@@ -165,7 +165,8 @@ def load_memories(path: str | os.PathLike[str], *, device: torch.device | str = 
         for key, value in expected.items():
             if metadata.get(key) != value:
                 raise ValueError(
-                    f"path must be a key memory file with {key} {value!r}, {os.fspath(path)!r} has {metadata.get(key)!r}"
+                    f"path must be a key memory file with {key} {value!r}, "
+                    f"{os.fspath(path)!r} has {metadata.get(key)!r}"
                 )
         return {name: KeyMemory(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118 (not a dict)
 

@@ -1,6 +1,6 @@
 """The main job, from a bare machine: edit a real model in consecutive batches, save, and load in a new process.
 
-    make demo        (or: python examples/demo.py --help)
+make demo        (or: python examples/demo.py --help)
 """
 
 from __future__ import annotations

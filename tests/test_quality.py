@@ -6,6 +6,7 @@ import importlib
 import json
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,11 @@ CONFIG = EditConfig(
     layers=(1, 2), v_num_grad_steps=3, v_lr=0.3, clamp_norm_factor=3.0, mom2_update_weight=5.0, context_tokens=3,
     context_seeds=("The",), threshold_keys=64, stats_sequence_length=48, threshold_z=1.0,
 )  # fmt: skip
-METHODS = {method.title: method for method in quality.METHODS}
+# With the quick settings for all: 25 steps on a random model also blow up the last digits of fp32.
+METHODS = {
+    method.title: replace(method, settings=tuple(pair for pair in method.settings if pair[0] == "gate"))
+    for method in quality.METHODS
+}
 
 
 @pytest.fixture(scope="module")

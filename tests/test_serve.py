@@ -180,7 +180,7 @@ def test_limits(tmp_path: Path) -> None:
             ("/v1/completions", {"prompt": ""}, 422, "prompt"),
             ("/edits", {"edits": FACTS[:3]}, 422, "may have 2 edits"),
             ("/edits", {"edits": []}, 422, "edits"),
-            ("/edits", {"edits": [{**FACTS[0], "subject": "Nobody at all"}]}, 422, "subject"),
+            ("/edits", {"edits": [{**FACTS[0], "prompt": "It rains", "subject": "Ann"}]}, 422, "subject"),
             ("/edits/nothing/rollback", {}, 404, "nothing"),
         ):
             reply = client.post(path, json=body)

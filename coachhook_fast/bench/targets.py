@@ -12,7 +12,7 @@ import torch
 
 from coachhook_fast.bench.rows import Row, baseline, once, row
 from coachhook_fast.bench.workload import corpus, gemm_rate, requests
-from coachhook_fast.config import EditConfig
+from coachhook_fast.config import PAPER, EditConfig
 from coachhook_fast.editor import Editor
 from coachhook_fast.forward import frozen
 from coachhook_fast.keys import bare_outputs
@@ -24,7 +24,7 @@ from coachhook_fast.targets import Target, optimise
 def run(model: str = "smollm2", count: int = 20, sample: int = 4) -> list[Row]:
     """Rows "target values" and "whole batch" of `count` edits; the baseline does `sample` of them."""
     loaded, tokenizer = load_model(model, dtype=torch.float32)
-    editor = Editor(loaded, tokenizer, EditConfig.paper())  # six rows a request and 25 steps, as published
+    editor = Editor(loaded, tokenizer, EditConfig(**PAPER))  # six rows a request and 25 steps, as published
     editor.collect_statistics(corpus(), progress=False)
     wanted, source = requests(count)
     batch = tokenise_batch(wanted, tokenizer, editor.edit_set.contexts, None)

@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -53,7 +54,16 @@ def run_mode(
     mode: str, model: str, edits: str, prompts: Sequence[Sequence[int]], *, swap_to: str = "", timeout: float = 600.0
 ) -> tuple[dict[str, Any], str]:
     """Starts a process in `mode`: its report and all that it printed. RuntimeError if it fails."""
-    request = json.dumps({"mode": mode, "model": model, "edits": edits, "prompts": prompts, "swap_to": swap_to})
+    request = json.dumps(
+        {
+            "mode": mode,
+            "model": model,
+            "edits": edits,
+            "prompts": prompts,
+            "swap_to": swap_to,
+            "reserve_rank": 32 if swap_to else 0,
+        }
+    )
     done = subprocess.run(
         [sys.executable, "-m", "coachhook_fast.integrations.vllm_modes"],
         input=request, capture_output=True, text=True, timeout=timeout, check=False,
@@ -85,12 +95,19 @@ def main() -> None:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     if request["swap_to"]:
         os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # swap_edits sends a function to the workers
+    import vllm
     from vllm import LLM, SamplingParams
 
-    edits = {"quant_method": "coachhook", "edit_set": request["edits"], "reserve_rank": 32}
+    if request["edits"]:
+        edits = {
+            "quant_method": "coachhook",
+            "edit_set": request["edits"],
+            "reserve_rank": request.get("reserve_rank", 0),
+        }
+        options["hf_overrides"] = {"quantization_config": edits}
     llm = LLM(
         request["model"], dtype="float32", max_model_len=512, block_size=32, seed=0, disable_log_stats=False,
-        hf_overrides={"quantization_config": edits}, **options,
+        **options,
     )  # fmt: skip
     sampling = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True)
     cached: list[int] = []
@@ -101,7 +118,7 @@ def main() -> None:
         cached.append(sum(output.num_cached_tokens or 0 for output in outputs))
         return [list(output.outputs[0].token_ids) for output in outputs]
 
-    report: dict[str, Any] = {"first": tokens(), "again": tokens()}
+    report: dict[str, Any] = {"vllm": vllm.__version__, "first": tokens(), "again": tokens()}
     if request["swap_to"]:
         from coachhook_fast.integrations.vllm import swap_edits
 
@@ -110,6 +127,11 @@ def main() -> None:
         swap_edits(llm, request["edits"])
         report["back"] = tokens()
     report["cached"] = cached
+    report["seconds"] = []
+    for _ in range(request.get("repeat", 0)):
+        begun = time.perf_counter()
+        tokens()
+        report["seconds"].append(time.perf_counter() - begun)
     values = {metric.name: getattr(metric, "value", None) for metric in llm.get_metrics()}
     report["metrics"] = {name: value for name, value in values.items() if isinstance(value, int)}
     print("REPORT " + json.dumps(report))

@@ -25,7 +25,8 @@ from coachhook_fast.reference import cholesky as reference
 _PANEL = _library.build_info().get("panel", reference.PANEL)
 if _PANEL != reference.PANEL:
     raise ImportError(
-        f"the built extension packs factors in panels of {_PANEL} columns, this package in {reference.PANEL}: rebuild it"
+        f"the built extension packs factors in panels of {_PANEL} columns, this package in {reference.PANEL}: "
+        "rebuild it"
     )
 
 
