@@ -1,0 +1,154 @@
+"""The vLLM plugin on SmolLM2 with real edits: the tokens of transformers, in every mode. See prepare.py."""
+
+from __future__ import annotations
+
+import json
+import os
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm", reason="vLLM has an environment of its own: make test-vllm")
+
+from coachhook_fast.integrations.vllm_modes import disagreements, run_mode
+
+pytestmark = pytest.mark.timeout(700)
+
+WORK = Path(os.environ.get("COACHHOOK_VLLM_WORK", "build/vllm-test")).resolve()
+
+
+@cache
+def expected() -> dict[str, Any]:
+    return json.loads((WORK / "expected.json").read_text())
+
+
+def serve(mode: str, *, swap: bool = False) -> tuple[dict[str, Any], str]:
+    work = {name: str(WORK / name) for name in ("model", "edits-a", "edits-b")}
+    return run_mode(
+        mode, work["model"], work["edits-a"], expected()["prompts"], swap_to=work["edits-b"] if swap else ""
+    )
+
+
+def assert_tokens(report: dict[str, Any]) -> None:
+    """Equal to transformers' as far as those are certain, after every swap too."""
+    for name, version in (("first", "a"), ("again", "a"), ("swapped", "b"), ("back", "a")):
+        if name in report:
+            certain = expected()[version]
+            assert sum(map(len, certain)) > 100
+            assert disagreements(report[name], certain) == [], name
+
+
+def test_eager() -> None:
+    report, printed = serve("eager")
+    assert_tokens(report)
+    assert printed.count("edited 5 layers, edit set ") == 1
+    different = sum(a != b for a, b in zip(expected()["a"], expected()["base"], strict=True))
+    assert different >= 6  # the edits are what the comparison is about
+
+
+def test_chunked_prefill_prefix_cache_and_swap() -> None:
+    """Chunks of at most 64 tokens; then hits in the prefix cache; then other edits, which must not meet old blocks."""
+    report, _ = serve("chunked and cached", swap=True)
+    assert_tokens(report)
+    first, again, swapped, _ = report["cached"]
+    assert again > 100, "no prefix hit"
+    assert swapped <= first < again
+
+
+def test_preemption() -> None:
+    report, _ = serve("preempted")
+    assert_tokens(report)
+    assert report["metrics"]["vllm:num_preemptions"] > 0, "nothing was preempted"
+
+
+def test_speculative_decoding() -> None:
+    report, _ = serve("speculative")
+    assert_tokens(report)
+    assert report["metrics"]["vllm:spec_decode_num_accepted_tokens"] > 0
+
+
+def test_compiled() -> None:
+    assert_tokens(serve("compiled", swap=True)[0])
+
+
+def test_tensor_parallel() -> None:
+    report, printed = serve("tensor parallel", swap=True)
+    assert_tokens(report)
+    assert printed.count("edited 5 layers, edit set ") == 2  # a line a worker
+
+
+# ------------------------------------------------------------------ what stops the start
+
+
+def config(**settings: Any) -> Any:
+    from coachhook_fast.integrations.vllm import EditedConfig
+
+    return EditedConfig.from_config({"quant_method": "coachhook", **settings})
+
+
+def hf_config(**changes: Any) -> Any:
+    from transformers import AutoConfig
+
+    loaded = AutoConfig.from_pretrained(WORK / "model")
+    for name, value in changes.items():
+        setattr(loaded, name, value)
+    return loaded
+
+
+def test_a_config_that_fits_names_its_version() -> None:
+    model = hf_config(quantization_config={"quant_method": "coachhook"})
+    fits = config(edit_set=str(WORK / "edits-a"))
+    fits.maybe_update_config(str(WORK / "model"), model)
+    assert len(fits.digest) == 12
+    assert model.quantization_config["edit_set_version"] == fits.digest  # a part of the compile cache's key
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "edit_set"),
+        ({"edit_set": "x", "surprise": 1}, "surprise"),
+        ({"edit_set": "/nowhere"}, "holds no edit set"),
+        ({"edit_set": str(WORK / "sequence")}, "sequence gate"),
+    ],
+)
+def test_settings_that_do_not_fit(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config(**settings).maybe_update_config(str(WORK / "model"), hf_config())
+
+
+def test_models_that_do_not_fit(tmp_path: Path) -> None:
+    edits = config(edit_set=str(WORK / "edits-a"))
+    with pytest.raises(ValueError, match="has blocks 0 to 5"):
+        edits.maybe_update_config(str(WORK / "model"), hf_config(num_hidden_layers=6))
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(WORK / "model" / "model.safetensors")
+    weights["model.norm.weight"] += 1
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="another base model"):
+        edits.maybe_update_config(str(tmp_path), hf_config())
+    config(edit_set=str(WORK / "edits-a"), check_base=False).maybe_update_config(str(tmp_path), hf_config())
+
+
+def test_layers_of_another_shape() -> None:
+    from coachhook_fast import store
+    from coachhook_fast.integrations.vllm import EditedLinearMethod
+
+    delta, threshold = store.load_weights(WORK / "edits-a")[0]
+    method = EditedLinearMethod(SimpleNamespace(), "model.layers.4.mlp.down_proj", 0, delta, threshold, 0)
+    with pytest.raises(ValueError, match=r"layers.4.mlp.down_proj is \[576, 99\]"):
+        method.create_weights(None, 99, [576], 99, 576, None)  # type: ignore[arg-type]
+
+
+def test_registering_twice_is_harmless() -> None:
+    from vllm.model_executor.layers.quantization import get_quantization_config
+
+    from coachhook_fast.integrations.vllm import EditedConfig, register
+
+    register()
+    register()
+    assert get_quantization_config("coachhook") is EditedConfig
