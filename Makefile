@@ -28,7 +28,7 @@ demo: $(VENV)/.ready  ## Edit SmolLM2-135M with 16 facts in 4 batches, save, and
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/.ready  ## All tests
-	$(PYTEST) -n 2 --dist worksteal -q tests
+	$(PYTEST) -n 2 --dist worksteal -q tests --ignore=tests/vllm --durations=15
 
 lint: $(VENV)/.ready  ## ruff, mypy, clang-format
 	$(BIN)/ruff check .

@@ -30,7 +30,8 @@ def track(title: str, total: float | None, unit: str, enabled: bool = True) -> I
 
     class Rate(ProgressColumn):
         def render(self, task: Task) -> Text:
-            rate = task.finished_speed or task.speed
+            # Over the whole run: steps that come in bursts say nothing over rich's short window.
+            rate = task.completed / task.elapsed if task.elapsed else 0.0
             return Text(f"{rate:,.1f} {unit}/s" if rate else f"- {unit}/s")
 
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,.0f}"), Rate())

@@ -11,7 +11,8 @@ namespace coachhook {
 namespace {
 
 constexpr int64_t kTaskRows = 4 * kRowGroup;
-constexpr double kParallelFlops = 2e6;  // under this much work, waking threads costs more than it saves
+// Under this much work (some milliseconds) two threads gain less than a busy machine takes from them.
+constexpr double kParallelWork = 1.5e8;
 
 template <typename T>
 class CpuSweep final : public FactorSweep {
@@ -24,8 +25,8 @@ class CpuSweep final : public FactorSweep {
         D_(kPanel * kPanel) {}
 
   void run(const std::function<void()>& body) override {
-    const double flops = 2.0 * buffers_.d * buffers_.d * buffers_.n;
-    flops < kParallelFlops ? body() : crew_.run(body);
+    const auto d = static_cast<double>(buffers_.d), n = static_cast<double>(buffers_.n);
+    d * d * (2 * n + 24) < kParallelWork ? body() : crew_.run(body);  // flops, and bytes by what they cost
   }
 
   bool rotate(Mode mode, int64_t index) override {

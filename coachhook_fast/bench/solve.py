@@ -7,6 +7,8 @@ read twice and written once at its measured memory rate (docs/notes/solver.md).
 
 from __future__ import annotations
 
+import ctypes
+import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,16 +33,16 @@ def problem(d: int, n: int, device: str = "cpu", samples: int = 512) -> tuple[Te
     return C, torch.randn(d, n, dtype=torch.float64, generator=generator).to(device)
 
 
-def dgemm_rate(device: str = "cpu", size: int = 2048) -> float:
-    """Flops a second of an fp64 product."""
-    A = torch.randn(size, size, dtype=torch.float64, device=device)
-    return 2.0 * size**3 / min(common.in_turns([lambda: A @ A], 5)[0])
+def with_rates(work: Callable[[], Any], turns: int, device: str) -> tuple[list[float], float, float]:
+    """Seconds of `work`, and flops and bytes a second of an fp64 product and of reading and writing 256 MiB.
 
-
-def memory_rate(device: str = "cpu", size: int = 1 << 25) -> float:
-    """Bytes a second of reading and writing 256 MiB."""
-    x = torch.ones(size, dtype=torch.float64, device=device)
-    return 2.0 * x.nbytes / min(common.in_turns([lambda: x.mul_(1.0)], 5)[0])
+    The three take turns and the rates are medians: what a shared machine takes from one, it takes from all.
+    """
+    A = torch.randn(2048, 2048, dtype=torch.float64, device=device)
+    x = torch.ones(1 << 25, dtype=torch.float64, device=device)
+    work()
+    taken, product, stream = common.in_turns([work, lambda: A @ A, lambda: x.mul_(1.0)], turns)
+    return taken, 2.0 * 2048**3 / statistics.median(product), 2.0 * x.nbytes / statistics.median(stream)
 
 
 def floors(d: int, n: int, flop_rate: float, byte_rate: float) -> tuple[float, float]:
@@ -56,11 +58,12 @@ def peak_extra_bytes(work: Callable[[], Any], device: str = "cpu") -> int | None
         work()
         return int(torch.cuda.max_memory_allocated() - before)
     try:
+        ctypes.CDLL(None).malloc_trim(0)  # or freed pages are used again, and nothing shows
         Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
         before = _status("VmRSS")
         work()
         return max(0, _status("VmHWM") - before)
-    except OSError:
+    except (OSError, AttributeError):
         return None
 
 
@@ -85,8 +88,8 @@ def _checked(memory: KeyMemory, C: Tensor, K: Tensor, X: Tensor) -> bool:
     return close and float((Y - expected).norm() / expected.norm()) < TOLERANCE
 
 
-def solve_update_row(d: int, n: int, rates: tuple[float, float], turns: tuple[int, int], device: str) -> common.Row:
-    """Ours and the published solve, each `turns` times (ours, baseline)."""
+def solve_update_row(d: int, n: int, turns: tuple[int, int], device: str, *, measure_memory: bool) -> common.Row:
+    """Ours and the published solve, `turns` times each (ours, baseline)."""
     published = common.baseline("published_solve")
     C, K = problem(d, n, device)
     memory = KeyMemory.from_second_moment(C, 1.0)
@@ -95,11 +98,11 @@ def solve_update_row(d: int, n: int, rates: tuple[float, float], turns: tuple[in
     theirs = [common.once(lambda: X.copy_(published.solve_update(C, K)))]
     C -= K @ K.T
     checked = _checked(memory, C, K, X)
-    taken = common.in_turns([lambda: memory.solve_update(K)], turns[0])[0]
+    taken, *rates = with_rates(lambda: memory.solve_update(K), turns[0], device)
     theirs += common.in_turns([lambda: published.solve_update(C, K)], turns[1] - 1)[0]
     flop, byte = floors(d, n, *rates)
     ours_extra = peak_extra_bytes(lambda: memory.solve_update(K), device)
-    theirs_extra = peak_extra_bytes(lambda: published.solve_update(C, K), device) if d <= 6400 else None
+    theirs_extra = peak_extra_bytes(lambda: published.solve_update(C, K), device) if measure_memory else None
     return common.row(
         "solve and update",
         "torch.linalg.solve(C + K K^T, K); C += K K^T",
@@ -122,7 +125,7 @@ def solve_update_row(d: int, n: int, rates: tuple[float, float], turns: tuple[in
     )
 
 
-def downdate_row(d: int, n: int, rates: tuple[float, float], turns: tuple[int, int], device: str) -> common.Row:
+def downdate_row(d: int, n: int, turns: tuple[int, int], device: str) -> common.Row:
     """Removing a batch, against refactorising what is left."""
     published = common.baseline("published_solve")
     C, K = problem(d, n, device)
@@ -131,10 +134,8 @@ def downdate_row(d: int, n: int, rates: tuple[float, float], turns: tuple[int, i
     memory.update(K)
     memory.downdate(K)
     checked = float((memory.factor - kept).norm() / kept.norm()) < TOLERANCE
-    taken = []
-    for _ in range(turns[0]):
-        memory.update(K)
-        taken.append(common.once(lambda: memory.downdate(K)))
+    memory.update(K.repeat(1, turns[0] + 1))  # as often as it is removed
+    taken, *rates = with_rates(lambda: memory.downdate(K), turns[0], device)
     C += K @ K.T
     theirs = common.in_turns([lambda: published.refactorise(C, K)], turns[1])[0]
     flop, byte = floors(d, n, *rates)
@@ -165,12 +166,11 @@ def run(
         if (d, n) in done:
             continue
         done.add((d, n))
-        rates = dgemm_rate(device), memory_rate(device)  # anew: on a shared machine they change
         often = (turns[0], turns[1] if (d, n) in figures and d <= 6400 else 1)
-        rows.append(solve_update_row(d, n, rates, often, device))
+        rows.append(solve_update_row(d, n, often, device, measure_memory=(d, n) in figures and d <= 6400))
     if figures:
         d, n = figures[0]
-        rows.append(downdate_row(d, n, (dgemm_rate(device), memory_rate(device)), (turns[0], 1), device))
+        rows.append(downdate_row(d, n, (turns[0], 1), device))
     return rows
 
 

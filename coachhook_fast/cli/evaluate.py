@@ -114,6 +114,21 @@ def _base_answers(
     return base, path
 
 
+# Narrow heads, so that all metrics stand side by side.
+_HEADS = {
+    "reliability": "relia-\nbility",
+    "generality": "gener-\nality",
+    "locality": "local-\nity",
+    "generation": "gener-\nation",
+    "generation_rephrase": "gen. re-\nphrase",
+    "efficacy": "effi-\ncacy",
+    "paraphrase": "para-\nphrase",
+    "neighbourhood": "neigh-\nbourh.",
+    "fluency": "flu-\nency",
+    "completion": "comple-\ntion",
+}
+
+
 def _show(console: Console, evaluation: Evaluation, details: bool) -> None:
     from rich.table import Table
     from rich.text import Text
@@ -126,7 +141,7 @@ def _show(console: Console, evaluation: Evaluation, details: bool) -> None:
         table = Table()
         table.add_column("subject", overflow="fold")
         for name in shown:
-            table.add_column(name.replace("_", "\n"), justify="right", overflow="fold")
+            table.add_column(_HEADS[name], justify="right", overflow="fold")
         for record in evaluation.records:
             values = [getattr(record, name) for name in shown]
             cells = [value if isinstance(value, str) else format_number(value) for value in values]
