@@ -1,7 +1,8 @@
 """transformers' generate(): every mode gives the tokens of the plain rule, run without a cache, one sequence at a time.
 
 The reference is `PlainHook`: the gate's definition, a loop over tokens, in a model that keeps no cache. Under
-`sequence` it knows how long the prompt is: prompt tokens are judged together, each later one against all tokens up to itself.
+`sequence` it knows how long the prompt is: prompt tokens are judged together, each later one against all tokens up to
+itself.
 """
 
 from __future__ import annotations
