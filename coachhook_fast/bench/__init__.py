@@ -17,8 +17,9 @@ _MODULES = {
 
 def _benchmark(module: str) -> Callable[..., list[dict[str, Any]]]:
     def run(**options: Any) -> list[dict[str, Any]]:
-        from coachhook_fast.bench.rows import complete
+        from coachhook_fast.bench.rows import complete, machine
 
+        machine()  # before the run: a commit made meanwhile is not what was timed
         return complete(importlib.import_module(f"coachhook_fast.bench.{module}").run(**options))
 
     return run

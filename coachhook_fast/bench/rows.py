@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import importlib.util
+import os
 import platform
 import statistics
 import subprocess
@@ -116,6 +117,7 @@ def machine() -> dict[str, Any]:
         "cpu": _cpu_name(),
         "gpu": gpu,
         "threads": torch.get_num_threads(),
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,  # before the run: other processes
         "commit": _commit(),
         "torch": torch.__version__,
         "triton": _version("triton"),
