@@ -21,7 +21,9 @@ MARGIN = 1e-2  # a gap between the two best logits under which rounding may deci
 MODES: dict[str, dict[str, Any]] = {
     "eager": {"enforce_eager": True, "enable_prefix_caching": False},
     "chunked and cached": {"enforce_eager": True, "max_num_batched_tokens": 64, "max_num_seqs": 8},
-    "preempted": {"enforce_eager": True, "num_gpu_blocks_override": 16, "enable_prefix_caching": False},
+    "preempted": {
+        "enforce_eager": True, "num_gpu_blocks_override": 14, "max_model_len": 384, "enable_prefix_caching": False,
+    },
     "speculative": {
         "enforce_eager": True,
         "speculative_config": {
@@ -51,7 +53,14 @@ def certain_tokens(model: Any, ids: Sequence[int]) -> list[int]:
 
 
 def run_mode(
-    mode: str, model: str, edits: str, prompts: Sequence[Sequence[int]], *, swap_to: str = "", timeout: float = 600.0
+    mode: str,
+    model: str,
+    edits: str,
+    prompts: Sequence[Sequence[int]],
+    *,
+    swap_to: str = "",
+    check_base: bool = True,
+    timeout: float = 600.0,
 ) -> tuple[dict[str, Any], str]:
     """Starts a process in `mode`: its report and all that it printed. RuntimeError if it fails."""
     request = json.dumps(
@@ -62,6 +71,7 @@ def run_mode(
             "prompts": prompts,
             "swap_to": swap_to,
             "reserve_rank": 32 if swap_to else 0,
+            "check_base": check_base,
         }
     )
     done = subprocess.run(
@@ -86,7 +96,7 @@ def disagreements(found: Sequence[Sequence[int]], certain: Sequence[Sequence[int
 
 def main() -> None:
     request = json.load(sys.stdin)
-    options = dict(MODES[request["mode"]])
+    options = {"max_model_len": 512, **MODES[request["mode"]]}
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     if options.get("tensor_parallel_size", 1) > 1:
@@ -103,10 +113,11 @@ def main() -> None:
             "quant_method": "coachhook",
             "edit_set": request["edits"],
             "reserve_rank": request.get("reserve_rank", 0),
+            "check_base": request.get("check_base", True),
         }
         options["hf_overrides"] = {"quantization_config": edits}
     llm = LLM(
-        request["model"], dtype="float32", max_model_len=512, block_size=32, seed=0, disable_log_stats=False,
+        request["model"], dtype="float32", block_size=32, seed=0, disable_log_stats=False,
         **options,
     )  # fmt: skip
     sampling = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True)

@@ -2,19 +2,24 @@
 
     python tests/vllm/prepare.py FOLDER
 
-FOLDER gets `model/` (a link), `edits-a/` and `edits-b/` (those facts and a batch more), `sequence/` (vLLM refuses it)
-and `expected.json`: prompt token ids and, for each version, the tokens. A sequence ends where the model hesitates
-between two tokens (`vllm_modes.MARGIN`), for there rounding may decide.
+FOLDER gets `model/` (a link), `twelve-heads/` (the same function for two ranks), `edits-a/`, `edits-b/` (those facts and
+a batch more), `sequence/` (vLLM refuses it) and `expected.json`: prompt token ids and, for each version, the tokens. A
+sequence ends where the model hesitates between two tokens (`vllm_modes.MARGIN`), for there rounding may decide.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
 
 from coachhook_fast import EditConfig, Editor, EditRequest, load_model, store
 from coachhook_fast.integrations.vllm_modes import certain_tokens
@@ -24,6 +29,27 @@ ROOT = Path(__file__).resolve().parents[2]
 FACTS = ROOT / "examples" / "facts.jsonl"
 ORDINARY = ("The capital of France is", "Water boils at a temperature of", "My favourite book is about")
 FILLER = "It rained all day in the old town, and the baker closed early. Nobody minded, for the market was full. "
+
+
+def twelve_heads(model: Any, folder: Path) -> None:
+    """The same function in a shape that two ranks can share: SmolLM2's 9 heads and 3 key-value heads, and one group
+    more whose output projection is zero."""
+    head = model.config.head_dim
+    more = {"q_proj": 3 * head, "k_proj": head, "v_proj": head}
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        part = name.split(".")[-2]
+        if part in more:
+            tensor = torch.cat([tensor, tensor[: more[part]]])
+        elif part == "o_proj":
+            tensor = torch.nn.functional.pad(tensor, (0, 3 * head))
+        if name != "lm_head.weight":  # tied to the embeddings
+            weights[name] = tensor.contiguous()
+    config = copy.deepcopy(model.config)
+    config.num_attention_heads, config.num_key_value_heads = 12, 4
+    folder.mkdir(exist_ok=True)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config.save_pretrained(folder)
 
 
 def requests() -> Iterator[EditRequest]:
@@ -39,6 +65,8 @@ def main(folder: Path) -> None:
     model, tokenizer = load_model("smollm2", dtype="float32")
     (folder / "model").unlink(missing_ok=True)
     (folder / "model").symlink_to(cache_dir() / "models" / "smollm2-135m-instruct")
+    twelve_heads(model, folder / "twelve-heads")
+    tokenizer.save_pretrained(folder / "twelve-heads")
     facts = list(requests())[:12]
     editor = Editor(model, tokenizer, EditConfig(v_num_grad_steps=20))
     text = Path(os.environ.get("COACHHOOK_DATA", ROOT.parent / "shared" / "data")) / "wikitext2-test.raw"

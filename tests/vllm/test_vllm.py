@@ -25,11 +25,11 @@ def expected() -> dict[str, Any]:
     return json.loads((WORK / "expected.json").read_text())
 
 
-def serve(mode: str, *, swap: bool = False) -> tuple[dict[str, Any], str]:
-    work = {name: str(WORK / name) for name in ("model", "edits-a", "edits-b")}
-    return run_mode(
-        mode, work["model"], work["edits-a"], expected()["prompts"], swap_to=work["edits-b"] if swap else ""
-    )
+def serve(mode: str, *, swap: bool = False, model: str = "model") -> tuple[dict[str, Any], str]:
+    other = str(WORK / "edits-b") if swap else ""
+    prompts = expected()["prompts"]
+    folder, edits = str(WORK / model), str(WORK / "edits-a")
+    return run_mode(mode, folder, edits, prompts, swap_to=other, check_base=model == "model")
 
 
 def assert_tokens(report: dict[str, Any]) -> None:
@@ -75,7 +75,8 @@ def test_compiled() -> None:
 
 
 def test_tensor_parallel() -> None:
-    report, printed = serve("tensor parallel", swap=True)
+    """On SmolLM2 with a group of heads more that does nothing: nine heads cannot be shared by two."""
+    report, printed = serve("tensor parallel", swap=True, model="twelve-heads")
     assert_tokens(report)
     assert printed.count("edited 5 layers, edit set ") == 2  # a line a worker
 
