@@ -2,8 +2,8 @@
 
     python tests/vllm/prepare.py FOLDER
 
-FOLDER gets `model/` (a link), `twelve-heads/` (the same function for two ranks), `edits-a/`, `edits-b/` (those facts and
-a batch more), `sequence/` (vLLM refuses it) and `expected.json`: prompt token ids and, for each version, the tokens. A
+FOLDER gets `model/` (a link), `twelve-heads/` (the same function for two ranks), `edits-a/`, `edits-b/` (a batch
+more), `sequence/` (vLLM refuses it) and `expected.json`: prompt token ids and, for each version, the tokens. A
 sequence ends where the model hesitates between two tokens (`vllm_modes.MARGIN`), for there rounding may decide.
 """
 
