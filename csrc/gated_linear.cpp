@@ -138,8 +138,10 @@ void row_norms(const at::Tensor& c, T* norms) {
   });
 }
 
+// Rows `index` (ascending) of a matrix; a view where they are consecutive.
 at::Tensor gather(const at::Tensor& rows, const std::vector<int64_t>& index) {
-  if (static_cast<int64_t>(index.size()) == rows.size(0)) return rows;
+  const auto count = static_cast<int64_t>(index.size());
+  if (count > 0 && index.back() - index.front() + 1 == count) return rows.narrow(0, index.front(), count);
   return rows.index_select(0, at::tensor(index, at::kLong));
 }
 
@@ -174,33 +176,38 @@ void add_rows(const at::Tensor& out, const std::vector<int64_t>& tokens, const a
 // ------------------------------------------------------------------------------------------------ the two
 // gates
 
-// Decides block by block and corrects at once, from the c just computed.
+// The sketch's verdict on every token first: what it leaves undecided is then measured together, so that B is
+// read once for all of it. Decisions and corrections come block by block, from the c just computed.
 template <typename T>
 void calibrated(const at::Tensor& out, const at::Tensor& x, const OptionalTensor& U, const at::Tensor& B,
                 const at::Tensor& threshold, const OptionalTensor& sketch, const bool* valid, bool* fire) {
   const T tau = threshold.item<T>();
+  const at::ScalarType wide = accumulator(B.scalar_type());
+  const int64_t total = x.size(0);
   std::vector<T> norms(kTokenBlock);
-  std::vector<int64_t> candidates, fired, tokens;
-  for (int64_t start = 0; start < x.size(0); start += kTokenBlock) {
-    const int64_t count = std::min(kTokenBlock, x.size(0) - start);
-    at::Tensor block = x.narrow(0, start, count).to(accumulator(B.scalar_type()));
-    candidates.clear();
-    if (sketch) row_norms<T>(project(block, *sketch), norms.data());
+  std::vector<int64_t> candidates, block, fired, tokens;
+  for (int64_t start = 0; start < total; start += kTokenBlock) {
+    const int64_t count = std::min(kTokenBlock, total - start);
+    if (sketch) row_norms<T>(project(x.narrow(0, start, count).to(wide), *sketch), norms.data());
     for (int64_t t = 0; t < count; ++t) {
       fire[start + t] = false;
       // "not under" rather than "at least": a NaN goes on to the exact norm, like in the one-stage gate.
-      if ((!valid || valid[start + t]) && !(sketch && norms[t] < tau)) candidates.push_back(t);
+      if ((!valid || valid[start + t]) && !(sketch && norms[t] < tau)) candidates.push_back(start + t);
     }
-    if (candidates.empty()) continue;
-    const at::Tensor c = project(gather(block, candidates), B);
+  }
+  for (auto at = candidates.begin(); at != candidates.end();) {
+    const auto end = at + std::min<int64_t>(kTokenBlock, candidates.end() - at);
+    block.assign(at, end);
+    at = end;
+    const at::Tensor c = project(gather(x, block).to(wide), B);
     row_norms<T>(c, norms.data());
     fired.clear();
     tokens.clear();
     for (int64_t i = 0; i < c.size(0); ++i) {
       if (!(norms[i] >= tau)) continue;
-      fire[start + candidates[i]] = true;
+      fire[block[i]] = true;
       fired.push_back(i);
-      tokens.push_back(start + candidates[i]);
+      tokens.push_back(block[i]);
     }
     if (fired.empty()) continue;
     const at::Tensor cf = gather(c, fired);
