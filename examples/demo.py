@@ -46,7 +46,7 @@ def _demo(arguments: argparse.Namespace) -> int:
 
     console.print("[bold]Key statistics[/] of the edited layers, over text that the model writes itself (cached)")
     editor = Editor(model, tokenizer)
-    editor.collect_statistics()
+    editor.collect_statistics(max_tokens=4_096)  # enough for a demonstration; the default is 10 tokens a key dimension
     size = arguments.batch_size
     batches = [records[start : start + size] for start in range(0, len(records), size)]
     for number, batch in enumerate(batches, start=1):
