@@ -31,7 +31,9 @@ def model_statistics(
         max_tokens: token budget; None takes `config.mom2_n_tokens`, or 20 d (10 d of the model's own text: writing a
             token costs far more than reading one), at least 4 096.
     """
-    budget = max_tokens or config.mom2_n_tokens or max(4_096, (20 if corpus is not None else 10) * key_dim)
+    budget = max_tokens if max_tokens is not None else config.mom2_n_tokens
+    if budget is None:
+        budget = max(4_096, (20 if corpus is not None else 10) * key_dim)
     if budget < 2:
         raise ValueError(f"max_tokens must be at least 2, got {budget}")
     assert config.layers is not None

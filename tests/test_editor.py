@@ -294,6 +294,12 @@ class TestBadInput:
         with pytest.raises(ValueError, match="already has hooks"):
             Editor(editor.model, tiny_tokenizer(), CONFIG)
 
+    @pytest.mark.parametrize("budget", [0, -5, 1])
+    def test_a_token_budget_without_tokens(self, budget: int) -> None:
+        editor = make()
+        with pytest.raises(ValueError, match=f"max_tokens must be at least 2, got {budget}"):
+            editor.collect_statistics(tiny_texts(8), max_tokens=budget, progress=False)
+
     def test_statistics_of_another_model(self) -> None:
         with pytest.raises(ValueError, match="statistics are of another model"):
             make("gpt2").use_statistics(make().statistics)  # type: ignore[arg-type]
