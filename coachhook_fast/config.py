@@ -26,6 +26,8 @@ PAPER: dict[str, Any] = {
     "v_num_grad_steps": 25,
     "v_loss_threshold": 0.05,
     "clamp_norm_factor": 0.75,
+    "kl_factor": 0.0625,
+    "continuation_factor": 0.0,
     "context_seeds": ("The", "Therefore", "Because", "I", "You"),
     "subject_templates": (),
 }
@@ -44,7 +46,9 @@ class EditConfig:
         v_weight_decay: weight of ||δ|| / ||v0||².
         v_loss_threshold: a request whose loss is below it stops.
         clamp_norm_factor: bound on ||δ|| / ||v0||.
-        kl_factor: weight of KL(p0 || pδ) at "{subject} is a".
+        kl_factor: weight of KL(p0 || pδ) at the subject's last token of "{subject} is a".
+        continuation_factor: weight of KL(p0 || pδ) at the target's last token after the bare prompt, so that the text
+            goes on as it would have instead of repeating the target; 0 is the paper's way (docs/notes/drift.md).
         mom2_update_weight: λ of C = λ E[kkᵀ] + Σ KKᵀ; None takes `default_update_weight` (docs/notes/lambda.md).
         mom2_n_tokens: token budget of the key statistics; None takes 20 d, or 10 d of the model's own text.
         mom2_tolerance: stop the statistics before the budget, once the estimated relative error of C⁻¹k is below it.
@@ -72,7 +76,8 @@ class EditConfig:
     v_weight_decay: float = 0.5
     v_loss_threshold: float = 0.02
     clamp_norm_factor: float = 3.0
-    kl_factor: float = 0.0625
+    kl_factor: float = 0.25
+    continuation_factor: float = 1.0
     mom2_update_weight: float | None = None
     mom2_n_tokens: int | None = None
     mom2_tolerance: float | None = None
@@ -101,7 +106,7 @@ class EditConfig:
                 raise ValueError(f"layers must be ascending without repeats, got {self.layers}")
         for name in ("clamp_norm_factor", "alpha", "threshold_z", "threshold_fpr"):
             _check_number(name, getattr(self, name), above=0.0)
-        for name in ("v_weight_decay", "v_loss_threshold", "kl_factor"):
+        for name in ("v_weight_decay", "v_loss_threshold", "kl_factor", "continuation_factor"):
             _check_number(name, getattr(self, name), least=0.0)
         for name in ("v_num_grad_steps", "stats_sequence_length", "max_batch_tokens"):
             _check_number(name, getattr(self, name), least=1, integer=True)

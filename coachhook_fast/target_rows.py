@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from coachhook_fast.config import EditConfig
 from coachhook_fast.forward import PartialModel, TokenBatch, align_rows
 from coachhook_fast.prefix_cache import PrefixCache
 from coachhook_fast.request import TokenisedRequest
@@ -25,6 +26,8 @@ class TargetRows:
         request, row, column, targets, weights: [P], one entry a predicted target token: its request, the row within
             the request, the column that predicts it (0 is the lookup position), the token, and its share of the loss
             (1 / contexts / target tokens).
+        fixed_request, fixed_row, fixed_column, fixed_weights: [F], one entry a place whose prediction should stay as it
+            was without δ: the subject's last token of "{subject} is a" and, where it counts, the target's last token.
     """
 
     tokens: TokenBatch
@@ -36,6 +39,10 @@ class TargetRows:
     column: Tensor
     targets: Tensor
     weights: Tensor
+    fixed_request: Tensor
+    fixed_row: Tensor
+    fixed_column: Tensor
+    fixed_weights: Tensor
 
     @classmethod
     @torch.no_grad()
@@ -44,6 +51,7 @@ class TargetRows:
         partial: PartialModel,
         last: int,
         batch: Sequence[TokenisedRequest],
+        config: EditConfig,
         pad_id: int,
         whole_rows: bool,
     ) -> TargetRows:
@@ -51,21 +59,30 @@ class TargetRows:
         lookups: list[int] = []
         predictions: list[tuple[int, int, int, int]] = []
         weights: list[float] = []
+        fixed: list[tuple[int, int, int]] = []
+        fixed_weights: list[float] = []
         for position, tokens in enumerate(batch):
             for number, row in enumerate(tokens.rows):
-                fed = row.target if whole_rows else row.target[:-1]
+                continues = row is tokens.bare and config.continuation_factor > 0
+                fed = row.target if whole_rows or continues else row.target[:-1]
                 texts.append([*row.prompt, *fed])
                 lookups.append(row.lookup)
                 first = len(row.prompt) - 1 - row.lookup
                 predictions += [(position, number, first + i, token) for i, token in enumerate(row.target)]
                 weights += [1.0 / len(tokens.rows) / len(row.target)] * len(row.target)
+                if continues:
+                    fixed.append((position, number, first + len(row.target)))
+                    fixed_weights.append(config.continuation_factor)
             texts.append(list(tokens.kl.prompt if whole_rows else tokens.kl.prompt[: tokens.kl.lookup + 1]))
             lookups.append(tokens.kl.lookup)
+            fixed.append((position, len(tokens.rows), 0))
+            fixed_weights.append(config.kl_factor)
         padded = align_rows(texts, lookups, pad_id, partial.device)
         _, below = partial.run(padded.columns(0), until=last, outputs=[last])
         hidden = below.outputs[last]
         cache = PrefixCache.fill(partial, last, padded, hidden)
         request, row_number, column, targets = torch.tensor(predictions, device=partial.device).unbind(1)
+        fixed_request, fixed_row, fixed_column = torch.tensor(fixed, device=partial.device).unbind(1)
         return cls(
             tokens=padded,
             hidden=hidden[:, padded.lookup :],
@@ -76,6 +93,10 @@ class TargetRows:
             column=column,
             targets=targets,
             weights=torch.tensor(weights, dtype=torch.float64, device=partial.device),
+            fixed_request=fixed_request,
+            fixed_row=fixed_row,
+            fixed_column=fixed_column,
+            fixed_weights=torch.tensor(fixed_weights, dtype=torch.float64, device=partial.device),
         )
 
     def select(self, kept: Tensor) -> TargetRows:
@@ -83,7 +104,7 @@ class TargetRows:
         rows = (kept[:, None] * self.rows_each + torch.arange(self.rows_each, device=kept.device)).flatten()
         renumbered = torch.full((int(self.request.max()) + 1,), -1, device=kept.device)
         renumbered[kept] = torch.arange(kept.numel(), device=kept.device)
-        mine = renumbered[self.request] >= 0
+        mine, fixed = renumbered[self.request] >= 0, self.fixed_of(kept)
         return replace(
             self,
             tokens=self.tokens.select(rows),
@@ -94,4 +115,12 @@ class TargetRows:
             column=self.column[mine],
             targets=self.targets[mine],
             weights=self.weights[mine],
+            fixed_request=renumbered[self.fixed_request][fixed],
+            fixed_row=self.fixed_row[fixed],
+            fixed_column=self.fixed_column[fixed],
+            fixed_weights=self.fixed_weights[fixed],
         )
+
+    def fixed_of(self, kept: Tensor) -> Tensor:
+        """[F] bool: the entries of the requests `kept`."""
+        return torch.isin(self.fixed_request, kept)

@@ -3,6 +3,9 @@
 For each request, δ minimises
 
     mean over contexts of NLL(target | context + prompt) + kl_factor KL(p0 || pδ) + v_weight_decay ||δ|| / ||v0||²
+    + continuation_factor KL(p0 || pδ after the target)
+
+The last term is not the paper's: without it a long δ makes the model repeat the target (docs/notes/drift.md).
 
 What does not depend on δ is computed once: the blocks up to the last edited one, and in the blocks above it the keys
 and values of all tokens before the lookup position, which act as a fixed cache. A step then runs the upper blocks over
@@ -83,7 +86,7 @@ def optimise(
         group = waiting.pop(0)
         members = [index for cluster in group for index in cluster]
         try:
-            rows = TargetRows.build(partial, last, [batch[index] for index in members], pad_id, whole_rows)
+            rows = TargetRows.build(partial, last, [batch[index] for index in members], config, pad_id, whole_rows)
             found = _Problem(partial, last, rows, v0[:, members].T, [len(cluster) for cluster in group], config).solve()
         except torch.OutOfMemoryError:
             if len(group) == 1:
@@ -117,7 +120,7 @@ class _Problem:
         self.v0 = v0.to(torch.promote_types(v0.dtype, torch.float32))
         self.clusters = [[sum(sizes[:c]) + i for i in range(size)] for c, size in enumerate(sizes)]
         self.config = config
-        self.clean: Tensor | None = None  # [requests, V] log p0 at the KL rows
+        self.clean: Tensor | None = None  # [F, V] log p0 at the rows' fixed places
 
     def solve(self) -> list[Target]:
         """Targets of the requests, in order."""
@@ -163,19 +166,19 @@ class _Problem:
 
     def _drop_all_but(self, positions: list[int]) -> None:
         kept = torch.tensor(positions, device=self.v0.device)
-        self.rows = self.rows.select(kept)
         if self.clean is not None:
-            self.clean = self.clean[kept]
+            self.clean = self.clean[self.rows.fixed_of(kept)]
+        self.rows = self.rows.select(kept)
 
     def _losses(self, shifts: Tensor, requests: list[int]) -> Tensor:
         """[n] losses of the n requests at hand for their δ `shifts` [n, m]."""
         rows = self.rows
-        count = len(requests)
         per_row = shifts.repeat_interleave(rows.rows_each, dim=0).to(rows.hidden.dtype)
         hidden = torch.cat([(rows.hidden[:, :1] + per_row[:, None]), rows.hidden[:, 1:]], dim=1)
-        kl_rows = torch.arange(count, device=shifts.device) * rows.rows_each + rows.rows_each - 1
-        at_rows = torch.cat([rows.request * rows.rows_each + rows.row, kl_rows])
-        at_columns = torch.cat([rows.column, torch.zeros_like(kl_rows)])
+        at_rows = torch.cat(
+            [rows.request * rows.rows_each + rows.row, rows.fixed_request * rows.rows_each + rows.fixed_row]
+        )
+        at_columns = torch.cat([rows.column, rows.fixed_column])
         with self.partial.gathered_logits(at_rows, at_columns):
             result, _ = self.partial.run(
                 rows.tokens.columns(rows.tokens.lookup),
@@ -186,13 +189,13 @@ class _Problem:
         logits = logits.to(shifts.device, torch.promote_types(logits.dtype, torch.float32))
         log_p = logits[: rows.targets.numel()].log_softmax(-1)
         nll = -log_p.gather(1, rows.targets[:, None])[:, 0] * rows.weights.to(log_p.dtype)
-        log_kl = logits[rows.targets.numel() :].log_softmax(-1)
+        log_fixed = logits[rows.targets.numel() :].log_softmax(-1)
         if self.clean is None:  # the first step has δ = 0
-            self.clean = log_kl.detach()
-        kl = (self.clean.exp() * (self.clean - log_kl)).sum(-1)
-        decay = shifts.norm(dim=1) / self.v0[requests].norm(dim=1).square()
-        total = torch.zeros(count, dtype=log_p.dtype, device=log_p.device).index_add(0, rows.request, nll)
-        return total + self.config.kl_factor * kl + self.config.v_weight_decay * decay
+            self.clean = log_fixed.detach()
+        kl = (self.clean.exp() * (self.clean - log_fixed)).sum(-1) * rows.fixed_weights.to(log_p.dtype)
+        total = self.config.v_weight_decay * shifts.norm(dim=1) / self.v0[requests].norm(dim=1).square()
+        total = total.to(log_p.dtype).index_add(0, rows.request, nll)
+        return total.index_add(0, rows.fixed_request, kl)
 
 
 def _merged(batch: Sequence[TokenisedRequest], known: Mapping[int, Target]) -> list[list[int]]:

@@ -82,6 +82,7 @@ class Settings:
     weight_decay: float = 0.5
     clamp: float = 0.75
     kl_factor: float = 0.0625
+    continuation_factor: float = 0.0
     seeds: Sequence[str] = ("The", "Therefore", "Because", "I", "You")
     context_tokens: int = 10
 
@@ -241,13 +242,14 @@ class PlainCoachHook:
         """v* = v0 + δ [m], the last loss, and the number of Adam steps."""
         settings = self.settings
         rows = self.rows(fact)
-        bare_ids, _, bare_lookup = rows[-1]
+        bare_ids, bare_target, bare_lookup = rows[-1]
         essence = f"{fact['subject']} is a"
         essence_ids = list(self.tokenizer(essence)["input_ids"])
         essence_lookup = self.lookup(essence, len(fact["subject"]))
         with torch.no_grad():
             v0 = self.run(bare_ids, VALIDATED).block[bare_lookup]
             log_p0 = self.run(essence_ids, VALIDATED).logits[essence_lookup].log_softmax(-1)
+            following0 = self.run(bare_ids + bare_target, VALIDATED).logits[-1].log_softmax(-1)
 
         delta = torch.zeros_like(v0, requires_grad=True)
         optimiser = torch.optim.Adam([delta], lr=settings.v_lr)
@@ -258,10 +260,13 @@ class PlainCoachHook:
                 logits = self.run(prompt + target, VALIDATED, delta=delta, at=lookup).logits
                 log_p = logits[len(prompt) - 1 : -1].log_softmax(-1)
                 nll = nll - log_p[range(len(target)), target].mean() / len(rows)
+            following = logits[-1].log_softmax(-1)  # after the bare prompt and its target, the last row
             logits = self.run(essence_ids, VALIDATED, delta=delta, at=essence_lookup).logits
             log_p = logits[essence_lookup].log_softmax(-1)
             kl = (log_p0.exp() * (log_p0 - log_p)).sum()
             loss = nll + settings.kl_factor * kl + settings.weight_decay * delta.norm() / v0.norm() ** 2
+            if settings.continuation_factor > 0:
+                loss = loss + settings.continuation_factor * (following0.exp() * (following0 - following)).sum()
             if loss.item() < settings.loss_threshold:
                 break
             optimiser.zero_grad()

@@ -1,9 +1,8 @@
-"""Scores: batched equals single, sharing rows changes nothing, every metric equals its definition written out."""
+"""Every metric equals its definition written out; base answers; the forms of a result."""
 
 from __future__ import annotations
 
 import json
-import math
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -11,252 +10,23 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import BOS, tiny_facts, tiny_model, tiny_texts, tiny_tokenizer
+from evaluate_cases import install_hooks, plain_greedy, plain_scores
+from tiny import tiny_facts, tiny_model, tiny_texts, tiny_tokenizer
 
-from coachhook_fast.architectures import layout_of
 from coachhook_fast.datasets import EditRecord
-from coachhook_fast.delta import LowRankDelta
 from coachhook_fast.evaluate import (
     BaseAnswers,
     Evaluation,
     HeldOut,
     Pair,
     RecordResult,
-    complete,
     evaluate,
-    fluency,
     perplexity,
-    score_pairs,
 )
-from coachhook_fast.evaluate.generation import continue_greedily, ngram_entropy
+from coachhook_fast.evaluate.drift import DRIFT_PROMPTS
 from coachhook_fast.evaluate.harness import run_tasks
 from coachhook_fast.evaluate.result import harmonic_mean
-from coachhook_fast.evaluate.scoring import _plan_rows
-from coachhook_fast.hooks import Hooks
 from coachhook_fast.request import EditRequest, encode_prompt_target
-
-FAMILIES = ("gpt2", "llama", "gemma3", "phi3")
-
-
-def random_pairs(n: int, *, seed: int = 0) -> list[Pair]:
-    """Pairs of 3 to 20 prompt tokens and 1 to 4 target tokens; every other one repeats the prompt before."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def ids(low: int, high: int) -> tuple[int, ...]:
-        length = int(torch.randint(low, high + 1, (), generator=generator))
-        return tuple(torch.randint(3, 320, (length,), generator=generator).tolist())
-
-    pairs: list[Pair] = []
-    for index in range(n):
-        prompt = pairs[-1].prompt if index % 2 else ids(3, 20)
-        pairs.append(Pair(prompt, ids(1, 4)))
-    return pairs
-
-
-def install_hooks(model: Any, gate: str) -> Hooks:
-    """Random rank-2 edits in two layers, with thresholds that some tokens pass and some do not."""
-    layout = layout_of(model)
-    handle = Hooks(model, layout, (1, 2), gate)
-    torch.manual_seed(5)
-    for hook in handle.hooks:
-        update = torch.randn(hook.out_features, 2), torch.randn(hook.in_features, 2) / hook.in_features**0.5
-        delta = LowRankDelta.zeros(hook.out_features, hook.in_features).append(*update)
-        hook.set_delta(delta, 1.0 if gate == "sequence" else 1.5)
-    return handle
-
-
-def plain_scores(model: Any, pair: Pair, *, whole: bool = False) -> tuple[list[int], list[float]]:
-    """One pair, one unpadded pass, all logits. Feeding the last token matters to the `sequence` gate only."""
-    row = pair.prompt + (pair.target if whole else pair.target[:-1])
-    with torch.no_grad():
-        logits = model(input_ids=torch.tensor([row])).logits[0].log_softmax(-1)
-    at = range(len(pair.prompt) - 1, len(pair.prompt) + len(pair.target) - 1)
-    return [int(logits[p].argmax()) for p in at], [float(logits[p, t]) for p, t in zip(at, pair.target, strict=True)]
-
-
-@pytest.mark.parametrize("batch_tokens", [1, 64, 4096])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_batched_equals_single(family: str, batch_tokens: int) -> None:
-    model = tiny_model(family)
-    pairs = random_pairs(12)
-    for pair, score in zip(pairs, score_pairs(model, pairs, batch_tokens=batch_tokens), strict=True):
-        predictions, logprobs = plain_scores(model, pair)
-        assert list(score.predictions) == predictions
-        assert score.logprobs == pytest.approx(logprobs, abs=1e-5)
-
-
-@pytest.mark.parametrize("gate", ["calibrated", "sequence"])
-def test_batched_equals_single_under_hooks(gate: str) -> None:
-    model = tiny_model("llama")
-    base = score_pairs(model, random_pairs(12))
-    install_hooks(model, gate)
-    scores = score_pairs(model, random_pairs(12), batch_tokens=96)
-    assert scores != base
-    for pair, score in zip(random_pairs(12), scores, strict=True):
-        predictions, logprobs = plain_scores(model, pair, whole=gate == "sequence")
-        assert list(score.predictions) == predictions
-        assert score.logprobs == pytest.approx(logprobs, abs=1e-5)
-
-
-def test_a_row_serves_every_pair_that_begins_it() -> None:
-    pairs = [
-        Pair((5, 6), (7,)),  # fed: 5 6
-        Pair((5, 6), (8,)),  # fed: 5 6
-        Pair((5, 6), (7, 8, 9)),  # fed: 5 6 7 8
-        Pair((5, 6, 7), (3,)),  # fed: 5 6 7
-        Pair((5, 9), (7,)),  # fed: 5 9
-    ]
-    rows = _plan_rows(pairs, whole=False)
-    assert [(row.tokens, sorted(row.pairs), row.first) for row in rows] == [
-        ((5, 6, 7, 8), [0, 1, 2, 3], 1),
-        ((5, 9), [4], 1),
-    ]
-    assert len(_plan_rows(pairs, whole=True)) == len(pairs)
-    model = tiny_model("qwen3")
-    for pair, score in zip(pairs, score_pairs(model, pairs), strict=True):
-        predictions, logprobs = plain_scores(model, pair)
-        assert list(score.predictions) == predictions
-        assert score.logprobs == pytest.approx(logprobs, abs=1e-5)
-
-
-def test_only_wanted_logits_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_model("llama")
-    computed = []
-    model.get_output_embeddings().register_forward_hook(lambda _, args, out: computed.append(args[0].shape[:2]))
-    pairs = [Pair(tuple(range(3, 33)), (5,)), Pair(tuple(range(40, 70)), (6, 7))]
-    score_pairs(model, pairs)
-    assert sum(rows * columns for rows, columns in computed) <= 4
-
-
-@pytest.mark.parametrize(
-    ("pairs", "message"),
-    [
-        ([Pair((), (1,))], r"pairs\[0\] needs a prompt and a target"),
-        ([Pair((1,), (1,)), Pair((1,), ())], r"pairs\[1\] needs a prompt and a target"),
-        ([Pair((1,) * 300, (1,))], r"pairs\[0\] has 301 tokens, the model's context is 256"),
-    ],
-)
-def test_bad_pairs(pairs: list[Pair], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        score_pairs(tiny_model("llama"), pairs)
-
-
-def test_bad_batch_tokens() -> None:
-    with pytest.raises(ValueError, match="batch_tokens must be at least 1, got 0"):
-        score_pairs(tiny_model("llama"), random_pairs(1), batch_tokens=0)
-
-
-# -------------------------------------------------------------------- generation
-
-
-def plain_greedy(model: Any, prompt: tuple[int, ...], length: int) -> tuple[int, ...]:
-    """No cache, no padding; ends before EOS."""
-    row = list(prompt)
-    for _ in range(length):
-        with torch.no_grad():
-            token = int(model(input_ids=torch.tensor([row])).logits[0, -1].argmax())
-        if token == model.config.eos_token_id:
-            break
-        row.append(token)
-    return tuple(row[len(prompt) :])
-
-
-@pytest.mark.parametrize("hooked", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_batched_generation_equals_single(family: str, hooked: bool) -> None:
-    model = tiny_model(family)
-    if hooked:
-        install_hooks(model, "calibrated")
-    prompts = [pair.prompt for pair in random_pairs(8)]
-    lengths = [1 + index % 5 for index in range(8)]
-    written = continue_greedily(model, prompts, lengths, batch_tokens=60)
-    assert written == [plain_greedy(model, *one) for one in zip(prompts, lengths, strict=True)]
-
-
-def test_generation_ignores_the_models_own_sampling_settings() -> None:
-    model = tiny_model("llama")
-    prompts = [pair.prompt for pair in random_pairs(3)]
-    plain = continue_greedily(model, prompts, [12] * 3)
-    model.generation_config.update(do_sample=True, temperature=3.0, repetition_penalty=5.0, no_repeat_ngram_size=1)
-    assert continue_greedily(model, prompts, [12] * 3) == plain
-
-
-def test_bad_generation_arguments() -> None:
-    model = tiny_model("llama")
-    with pytest.raises(ValueError, match="as many, got 1 and 2"):
-        continue_greedily(model, [(1,)], [1, 1])
-    with pytest.raises(ValueError, match=r"prompts\[0\] needs a token and a length >= 1, got \(1,\) and 0"):
-        continue_greedily(model, [(1,)], [0])
-
-
-def test_complete_returns_text() -> None:
-    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
-    (text,) = complete(model, tokenizer, ["Ada Vale works as a"], max_new_tokens=4)
-    ids = tuple(tokenizer("Ada Vale works as a")["input_ids"])
-    assert text == tokenizer.decode(plain_greedy(model, ids, 4), skip_special_tokens=True)
-
-
-def test_ngram_entropy_by_hand() -> None:
-    # a b a b: bigrams ab ba ab -> H = .918; trigrams aba bab -> H = 1
-    bigrams = -(2 / 3 * math.log2(2 / 3) + 1 / 3 * math.log2(1 / 3))
-    assert ngram_entropy("a b a b") == pytest.approx((2 / 3 * bigrams + 4 / 3 * 1.0) / 2)
-    assert ngram_entropy("the the the the the") == 0
-    assert ngram_entropy("") == 0
-    assert ngram_entropy("word") == 0
-
-
-def test_fluency_does_not_depend_on_the_batch() -> None:
-    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
-    prompts = tiny_texts(4)
-    together = fluency(model, tokenizer, prompts, max_new_tokens=20)
-    assert fluency(model, tokenizer, prompts, max_new_tokens=20, batch_tokens=1) == together
-    assert fluency(model, tokenizer, prompts, max_new_tokens=20, seed=1) != together
-    assert all(value > 0 for value in together)
-
-
-# -------------------------------------------------------------------- perplexity
-
-
-@pytest.mark.parametrize("bos", [False, True])
-@pytest.mark.parametrize(("window", "stride"), [(16, None), (16, 16), (16, 5), (50, 20), (4096, None)])
-def test_perplexity_equals_its_definition(bos: bool, window: int, stride: int | None) -> None:
-    model, tokenizer = tiny_model("llama"), tiny_tokenizer(bos=bos)
-    text = " ".join(tiny_texts(6))
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"][:150]
-    window_used = min(window, 256)
-    begin = [BOS] if bos else []
-    body = window_used - len(begin)
-    losses: dict[int, float] = {}  # each token's, from the first window that can score it
-    start = 0
-    while True:
-        row = begin + ids[start : start + body]
-        with torch.no_grad():
-            logs = model(input_ids=torch.tensor([row])).logits[0].log_softmax(-1)
-        for offset in range(1, len(row)):
-            losses.setdefault(start + offset - len(begin), -float(logs[offset - 1, row[offset]]))
-        if start + body >= len(ids):
-            break
-        start += min(stride or window_used, body)
-    expected = math.exp(sum(losses.values()) / len(losses))
-    options: dict[str, Any] = {"window": window, "stride": stride, "max_tokens": 150}
-    assert perplexity(model, tokenizer, text, **options) == pytest.approx(expected, rel=1e-5)
-    assert perplexity(model, tokenizer, text, batch_tokens=1, **options) == pytest.approx(expected, rel=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"window": 1}, "window must be at least 2 and stride in 1..window, got 1 and 1"),
-        ({"window": 8, "stride": 9}, "got 8 and 9"),
-        ({"max_tokens": 1}, "text must have two tokens or more, got 1"),
-    ],
-)
-def test_bad_perplexity_arguments(options: dict[str, int], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        perplexity(tiny_model("llama"), tiny_tokenizer(), "some text", **options)
-
-
-# -------------------------------------------------------------------- metrics
 
 
 def tiny_records(n: int, *, answers: bool = True) -> list[EditRecord]:
@@ -467,3 +237,27 @@ def test_lm_eval_is_optional_and_gets_the_model(monkeypatch: pytest.MonkeyPatch)
     assert run_tasks(model, tokenizer, ["arc_easy"], limit=4) == {"arc_easy": {"acc": 0.5}}
     assert seen["model"].pretrained is model
     assert seen["limit"] == 4
+
+
+@pytest.mark.parametrize("gate", ["calibrated", "sequence"])
+def test_drift_equals_its_definition(gate: str) -> None:
+    model, tokenizer, records = tiny_model("llama"), tiny_tokenizer(), tiny_records(3)
+    handle = install_hooks(model, gate)
+
+    def log_p(text: str) -> torch.Tensor:
+        with torch.no_grad():
+            return model(torch.tensor([tokenizer(text).input_ids])).logits[0, -1].double().log_softmax(-1)
+
+    wanted = []
+    for record in records:
+        texts = [text.replace("{}", record.request.subject) for text in DRIFT_PROMPTS]
+        after = [log_p(text) for text in texts]
+        with handle.disabled():
+            before = [log_p(text) for text in texts]
+        wanted.append(sum(float((b.exp() * (b - a)).sum()) for a, b in zip(after, before, strict=True)) / len(texts))
+    assert max(wanted) > 1e-4, "no text fires: the test compares zeros"
+    for batch_tokens in (1, 40, 4096):
+        found = evaluate(model, tokenizer, records, metrics=["drift"], batch_tokens=batch_tokens)
+        assert [record.drift for record in found.records] == pytest.approx(wanted, rel=1e-3, abs=1e-6)
+    with handle.disabled():
+        assert evaluate(model, tokenizer, records, metrics=["drift"]).summary()["drift"] == 0

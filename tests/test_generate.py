@@ -1,138 +1,30 @@
-"""transformers' generate(): every mode gives the tokens of the plain rule, run without a cache, one sequence at a time.
-
-The reference is `PlainHook`: the gate's definition, a loop over tokens, in a model that keeps no cache. Under
-`sequence` it knows how long the prompt is: prompt tokens are judged together, each later one against all tokens up to
-itself.
-"""
+"""transformers' generate(): every mode gives the tokens of the plain rule, run without a cache, one at a time."""
 
 from __future__ import annotations
 
 import copy
 import importlib.util
-import threading
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
-from tiny import tiny_model, tiny_texts, tiny_tokenizer
-from torch import Tensor, nn
+from generate_cases import (
+    GATES,
+    STEPS,
+    TEXTS,
+    fired,
+    generate,
+    hooked,
+    ids_of,
+    plain,
+    reference,
+    set_prompt,
+)
+from tiny import tiny_tokenizer
+from torch import Tensor
 from transformers import CompileConfig, ContinuousBatchingConfig, DynamicCache, GenerationConfig, StaticCache
 
-from coachhook_fast.architectures import layout_of
 from coachhook_fast.delta import LowRankDelta
-from coachhook_fast.hooks import Hooks
-from coachhook_fast.layer import HookLinear
-
-GATES = ("calibrated", "sequence")
-LAYERS = (1, 2)
-STEPS = 12
-TEXTS = [tiny_texts(20)[i] for i in (0, 3, 5, 8)]  # of different lengths
-ALPHA = 0.8
-
-
-class PlainHook(nn.Module):
-    """The gated projection by its definition, without a cache: one sequence, or rows of one length."""
-
-    def __init__(self, hook: HookLinear) -> None:
-        super().__init__()
-        self.base_layer = hook.base_layer
-        self.delta = hook.get_delta_weight()
-        self.gate, self.threshold = hook.gate, hook.threshold
-        self.prompt_length: int | None = None  # None: judge all tokens together
-
-    @property
-    def weight(self) -> Tensor:
-        return self.base_layer.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.base_layer(x)
-        edit = x @ self.delta.T
-        norm = edit.norm(dim=-1)
-        if self.gate == "calibrated":
-            fire = norm >= self.threshold
-        else:
-            length = x.shape[1]
-            prompt = length if self.prompt_length is None else min(self.prompt_length, length)
-            fire = torch.zeros_like(norm, dtype=torch.bool)
-            for row in range(x.shape[0]):
-                for token in range(length):
-                    seen = norm[row, : max(prompt, token + 1)]
-                    fire[row, token] = (norm[row, token] - seen.mean()) / seen.std() >= self.threshold
-        return torch.where(fire[..., None], out + edit, out)
-
-
-def hooked(gate: str, family: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
-    """A tiny model with random edits in two layers, strong enough to change what it writes."""
-    model = tiny_model(family, seed=seed, dtype=dtype)
-    model.generation_config.eos_token_id = None  # all sequences run to the same length
-    hooks = Hooks(model, layout_of(model), LAYERS, gate)
-    generator = torch.Generator().manual_seed(seed)
-    for hook in hooks.hooks:
-        m, d = hook.out_features, hook.in_features
-        R = 0.3 * torch.randn(m, 3, generator=generator, dtype=torch.float64)
-        X = torch.randn(d, 3, generator=generator, dtype=torch.float64)
-        delta = LowRankDelta.zeros(m, d, dtype=torch.float64).append(R, X)
-        hook.set_delta(delta, ALPHA)
-        if gate == "calibrated":
-            seen: list[Tensor] = []
-            handle = hook.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
-            with torch.no_grad():
-                for text in TEXTS:
-                    model(ids_of(text), use_cache=False)
-            handle.remove()
-            norms = torch.cat([hook.trace(keys).norm.flatten() for keys in seen]).sort().values
-            middle = norms[len(norms) // 2 : -len(norms) // 8]
-            gap = int((middle[1:] - middle[:-1]).argmax())  # no norm lies near the threshold: rounding flips nothing
-            hook.set_delta(delta, float(middle[gap : gap + 2].mean()))
-    return model
-
-
-def plain(model: Any) -> Any:
-    """The same model with `PlainHook`s."""
-    copied = copy.deepcopy(model)
-    hooks = [PlainHook(hook) for hook in copied.coachhook.hooks]
-    layers = copied.coachhook.layers
-    copied.coachhook.unload()
-    for layer, hook in zip(layers, hooks, strict=True):
-        parent, _, name = layout_of(copied).rewrite_module_tmp.format(layer).rpartition(".")
-        setattr(copied.get_submodule(parent), name, hook)
-    return copied
-
-
-def ids_of(text: str) -> Tensor:
-    return torch.tensor([tiny_tokenizer()(text).input_ids])
-
-
-def set_prompt(model: Any, length: int | None) -> None:
-    for module in model.modules():
-        if isinstance(module, PlainHook):
-            module.prompt_length = length
-
-
-@torch.no_grad()
-def reference(model: Any, ids: Tensor, steps: int = STEPS, *, prompt: int | None = -1) -> list[int]:
-    """Greedy tokens of the plain model, one whole pass a token. prompt: tokens judged together, -1 all of `ids`."""
-    twin = plain(model)
-    set_prompt(twin, ids.shape[1] if prompt == -1 else prompt)
-    for _ in range(steps):
-        logits = twin(ids, use_cache=False).logits[0, -1]
-        ids = torch.cat([ids, logits.argmax().reshape(1, 1)], dim=1)
-    return ids[0, -steps:].tolist()
-
-
-def generate(model: Any, ids: Tensor, steps: int = STEPS, **options: Any) -> list[int]:
-    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": steps, "do_sample": False, **options}
-    made = model.generate(ids, **options)
-    return made[0, -steps:].tolist()
-
-
-def fired(model: Any, ids: Tensor) -> bool:
-    """Whether the edits change what the model writes."""
-    with model.coachhook.disabled():
-        base = generate(model, ids)
-    return base != generate(model, ids)
-
 
 # ------------------------------------------------------------------ one sequence
 
@@ -354,98 +246,3 @@ def test_continuous_batching() -> None:
     assert sorted(made) == sorted(expected)
     with pytest.raises(ValueError, match="continuous batching"):
         hooked("sequence").generate_batch([[5, 6, 7]], generation_config=config)
-
-
-@pytest.mark.parametrize("told_by", ["positions", "boundaries"])
-def test_packed_sequences(told_by: str) -> None:
-    """Documents behind one another in a row, each judged by its own tokens."""
-    model = hooked("sequence", dtype=torch.float64)
-    documents = [ids_of(text) for text in TEXTS]
-    positions = torch.cat([torch.arange(ids.shape[1]) for ids in documents])[None]
-    options: dict[str, Any] = {"position_ids": positions}
-    if told_by == "boundaries":
-        lengths = torch.tensor([0, *[ids.shape[1] for ids in documents]])
-        options["cu_seq_lens_q"] = lengths.cumsum(0)
-    traces: list[Any] = []
-    hook = model.coachhook.hooks[0]
-    hook.register_forward_pre_hook(lambda module, args: traces.append(module.trace(args[0])))
-    with torch.no_grad():
-        model(torch.cat(documents, dim=1), use_cache=False, **options)
-        for ids in documents:
-            model(ids, use_cache=False)
-    packed = traces[0].z[0].split([ids.shape[1] for ids in documents])
-    for found, alone in zip(packed, traces[1:], strict=True):
-        torch.testing.assert_close(found, alone.z[0], rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"attention_mask": torch.ones(1, 1, 6, 6)}, "of 4 dimensions"),
-        ({"attention_mask": torch.tensor([[1, 1, 1, 2, 2, 2]])}, "larger values"),
-    ],
-)
-def test_sequence_refuses_what_hides_the_boundaries(options: dict[str, Any], message: str) -> None:
-    model = hooked("sequence")
-    with pytest.raises(ValueError, match=message):
-        model(torch.tensor([[5, 6, 7, 8, 9, 10]]), **options)
-
-
-def test_sequence_refuses_packed_tokens_behind_a_cache() -> None:
-    model = hooked("sequence")
-    cache = DynamicCache(config=model.config)
-    model(torch.tensor([[5, 6, 7]]), past_key_values=cache)
-    with pytest.raises(ValueError, match="packed sequences in a cache"):
-        model(torch.tensor([[8, 9, 8, 9]]), past_key_values=cache, position_ids=torch.tensor([[3, 4, 0, 1]]))
-
-
-# ------------------------------------------------------------------ threads, copies, unloading
-
-
-@pytest.mark.parametrize("gate", GATES)
-def test_threads_do_not_mix_their_sequences(gate: str) -> None:
-    model = hooked(gate)
-    expected = [reference(model, ids_of(text)) for text in TEXTS]
-    wrong: list[Any] = []
-
-    def work(texts: Sequence[str], rows: Sequence[list[int]]) -> None:
-        for text, row in zip(texts, rows, strict=True):
-            made = generate(model, ids_of(text))
-            if made != row:
-                wrong.append((text, made, row))
-
-    workers = [
-        threading.Thread(target=work, args=(TEXTS[shift:] + TEXTS[:shift], expected[shift:] + expected[:shift]))
-        for shift in range(4)
-    ]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert not wrong
-
-
-@pytest.mark.parametrize("gate", GATES)
-def test_a_deep_copy_is_a_model_of_its_own(gate: str) -> None:
-    model = hooked(gate)
-    copied = copy.deepcopy(model)
-    ids = ids_of(TEXTS[0])
-    expected = generate(model, ids)
-    copied.coachhook.disable()
-    with model.coachhook.disabled():
-        base = generate(model, ids)
-    assert generate(copied, ids) == base != expected
-    assert generate(model, ids) == expected
-
-
-@pytest.mark.parametrize("gate", GATES)
-def test_unload_leaves_nothing_behind(gate: str) -> None:
-    untouched = tiny_model("llama")
-    model = hooked(gate)
-    model.coachhook.unload()
-    assert set(model.__dict__) == set(untouched.__dict__)
-    assert not model._forward_hooks
-    assert not model._forward_pre_hooks
-    assert "generate" not in model.__dict__
-    ids = ids_of(TEXTS[0])
-    assert torch.equal(model(ids).logits, untouched(ids).logits)

@@ -71,6 +71,7 @@ def settings_of(gate: str, changes: dict[str, Any]) -> Settings:
         "alpha": 2.2,
         "threshold_z": 2.0,
         "v_lr": 0.2,
+        "continuation_factor": 0.5,
         "steps": 4,
     }
     return Settings(**{**defaults, **changes})
@@ -85,6 +86,7 @@ def config_of(settings: Settings) -> EditConfig:
         v_loss_threshold=settings.loss_threshold,
         clamp_norm_factor=settings.clamp,
         kl_factor=settings.kl_factor,
+        continuation_factor=settings.continuation_factor,
         mom2_update_weight=settings.update_weight,
         mom2_n_tokens=100_000,
         stats_sequence_length=256,

@@ -44,17 +44,21 @@ def one_at_a_time(
     with torch.no_grad():
         outputs(tokens.bare.prompt, tokens.bare.lookup, None, keep=True)
         clean = outputs(tokens.kl.prompt, tokens.kl.lookup, None)[tokens.kl.lookup].log_softmax(-1)
+        after = outputs(tokens.bare.prompt + tokens.bare.target, tokens.bare.lookup, None)[-1].log_softmax(-1)
     delta = torch.zeros_like(v0[0], requires_grad=True)
     adam = torch.optim.Adam([delta], lr=config.v_lr)
     for step in range(config.v_num_grad_steps):
         losses = []
         for row in tokens.rows:
-            logits = outputs(row.prompt + row.target, row.lookup, delta)[len(row.prompt) - 1 : -1]
-            losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor(row.target)))
+            logits = outputs(row.prompt + row.target, row.lookup, delta)
+            predicting = logits[len(row.prompt) - 1 : -1]
+            losses.append(torch.nn.functional.cross_entropy(predicting, torch.tensor(row.target)))
+        following = logits[-1].log_softmax(-1)  # the bare prompt is the last row
         shifted = outputs(tokens.kl.prompt, tokens.kl.lookup, delta)[tokens.kl.lookup].log_softmax(-1)
         kl = (clean.exp() * (clean - shifted)).sum()
         decay = config.v_weight_decay * delta.norm() / v0[0].norm() ** 2
         loss = torch.stack(losses).mean() + config.kl_factor * kl + decay
+        loss = loss + config.continuation_factor * (after.exp() * (after - following)).sum()
         if loss < config.v_loss_threshold:
             return (v0[0] + delta).detach(), step
         adam.zero_grad()

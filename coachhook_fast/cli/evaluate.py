@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_edits(parser, required=False)
     common.add_facts(parser)
     add, positive = parser.add_argument, common.positive
-    help_metrics = "of accuracy, probability, generation, fluency (default: all but fluency)"
+    help_metrics = "of accuracy, probability, generation, fluency, drift (default: the first three)"
     add("--metrics", type=common.names, metavar="A,B,..", help=help_metrics)
     add("--perplexity", type=Path, metavar="FILE", help="held-out text; measures base and edited model")
     add("--window", type=positive, default=1024, metavar="N", help="its tokens a window (default 1024)")
@@ -125,6 +125,7 @@ _HEADS = {
     "paraphrase": "para-\nphrase",
     "neighbourhood": "neigh-\nbourh.",
     "fluency": "flu-\nency",
+    "drift": "drift",
     "completion": "comple-\ntion",
 }
 

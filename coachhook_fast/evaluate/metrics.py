@@ -14,13 +14,14 @@ from typing import Any
 
 from coachhook_fast.datasets import EditRecord
 from coachhook_fast.evaluate.base import BaseAnswers, unedited
+from coachhook_fast.evaluate.drift import drift
 from coachhook_fast.evaluate.generation import continue_greedily, fluency
 from coachhook_fast.evaluate.perplexity import perplexity
 from coachhook_fast.evaluate.result import Evaluation, RecordResult
 from coachhook_fast.evaluate.scoring import DEFAULT_BATCH_TOKENS, Ids, Pair, Score, score_pairs
 from coachhook_fast.request import encode_prompt_target
 
-METRICS = ("accuracy", "probability", "generation", "fluency")
+METRICS = ("accuracy", "probability", "generation", "fluency", "drift")
 DEFAULT_METRICS = ("accuracy", "probability", "generation")
 
 
@@ -58,7 +59,7 @@ def evaluate(
         base: the unedited model's answers; None computes them by turning the hooks off. The base's perplexity
             is added to it, so that the same object (or its file) serves every later evaluation.
         metrics: which of METRICS to measure: "accuracy" (reliability, generality, locality), "probability"
-            (efficacy, paraphrase, neighbourhood), "generation" (exact match), "fluency".
+            (efficacy, paraphrase, neighbourhood), "generation" (exact match), "fluency", "drift".
         held_out: text for perplexity; None leaves it out.
         seed: of fluency's samples.
         batch_tokens: most tokens in one forward pass.
@@ -95,6 +96,9 @@ def evaluate(
         fluencies = fluency(model, tokenizer, prompts, seed=seed, progress=progress)
         for result, value in zip(results, fluencies, strict=True):
             result.fluency = value
+    if "drift" in metrics:
+        for result, value in zip(results, drift(model, tokenizer, records, **options), strict=True):
+            result.drift = value
     evaluation = Evaluation(results)
     if held_out is not None:
         evaluation.perplexity = _perplexity(model, tokenizer, held_out, options)

@@ -29,6 +29,7 @@ class RecordResult:
         neighbourhood: share of the neighbours to which their own answer is more probable than the edit's new
             one.
         fluency: weighted n-gram entropy in bits, of a text begun with the edit prompt.
+        drift: KL(base ‖ edited) of the next token in nats, after texts about the subject that do not ask for the fact.
         completion: the greedy continuation of the edit prompt, as text.
     """
 
@@ -44,13 +45,14 @@ class RecordResult:
     paraphrase: Number = None
     neighbourhood: Number = None
     fluency: Number = None
+    drift: Number = None
     completion: str | None = None
 
 
 # The averaged fields in their order of appearance.
 AVERAGED = (
     "reliability", "generality", "locality", "generation", "generation_rephrase",
-    "efficacy", "paraphrase", "neighbourhood", "fluency",
+    "efficacy", "paraphrase", "neighbourhood", "fluency", "drift",
 )  # fmt: skip
 
 
