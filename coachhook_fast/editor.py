@@ -30,7 +30,7 @@ from coachhook_fast.memory import KeyMemory
 from coachhook_fast.models import context_length, fingerprint
 from coachhook_fast.outcomes import outcomes_of, warn_of_weak
 from coachhook_fast.progress import track
-from coachhook_fast.request import EditRequest, tokenise_batch
+from coachhook_fast.request import EditRequest, TokenisedRequest, tokenise_batch
 from coachhook_fast.statistics import KeyStatistics
 from coachhook_fast.statistics_cache import model_statistics
 from coachhook_fast.target_cache import TargetCache
@@ -180,8 +180,7 @@ class Editor:
             track("editing", len(tokens), "edit", progress) as bar,
         ):
             pad_id = self._pad_id
-            limit = self.config.max_batch_tokens
-            v0 = bare_outputs(self.partial, self.layers[-1], tokens, pad_id=pad_id, max_tokens=limit)
+            v0 = self._bare_outputs(tokens)
             cache = TargetCache(self.edit_set, tokens)
             bar.advance(len(cache.found), "found before")
             found = optimise(
@@ -201,7 +200,7 @@ class Editor:
             batch = Batch(
                 id=uuid.uuid4().hex[:12],
                 time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-                outcomes=outcomes_of(tokens, found, v0, updated),
+                outcomes=outcomes_of(tokens, found, v0, self._bare_outputs(tokens), updated.strengths),
                 seconds=time.monotonic() - started,
                 layers=updated.layers,
                 thresholds=updated.edits.thresholds,
@@ -210,6 +209,11 @@ class Editor:
             cache.discard()
         warn_of_weak(batch.outcomes)
         return batch
+
+    def _bare_outputs(self, batch: Sequence[TokenisedRequest]) -> Tensor:
+        """[m, n], the last edited block's output at the lookup positions, with the hooks as they are."""
+        last, limit = self.layers[-1], self.config.max_batch_tokens
+        return bare_outputs(self.partial, last, batch, pad_id=self._pad_id, max_tokens=limit)
 
     def _threshold(self, position: int, delta: LowRankDelta) -> Threshold:
         """The layer's threshold for a new delta: a fresh τ, or the standing α."""

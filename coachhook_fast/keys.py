@@ -77,35 +77,24 @@ class KeyCollector:
             before_norm=torch.cat(before_norm).T if before_norm else None,
         )
 
-    @torch.no_grad()
-    def final_outputs(self) -> Tensor:
-        """[m, n], last edited block's output in the bare prompt, after all layers were updated."""
-        last = self.layers[-1]
-        parts = []
-        for index, chunk in enumerate(self.chunks):
-            found = self._pass(index, chunk, len(self.layers), wanted=None)
-            parts.append(self._bare(found.outputs[last], chunk.lookup))
-        return torch.cat(parts).T
-
     def _bare(self, hidden: Tensor, column: int) -> Tensor:
         return hidden[self.contexts - 1 :: self.contexts, column]
 
-    def _pass(self, index: int, chunk: TokenBatch, position: int, wanted: int | None) -> Recorded:
+    def _pass(self, index: int, chunk: TokenBatch, position: int, wanted: int) -> Recorded:
         """Runs one chunk from before the block that the last update changed, and keeps the next starting point."""
         last = self.layers[-1]
         start = self.layers[position - 1] - 1 if position > 0 else -1
         held = self._resume[index]
         resume = (start, held) if held is not None and start >= 0 else None
-        keep = {last} | ({wanted - 1} if wanted is not None and wanted > 0 else set())
+        keep = {last} | ({wanted - 1} if wanted > 0 else set())
         _, found = self.partial.run(
             chunk.columns(0),
             resume=resume,
             until=last,
-            keys=[] if wanted is None else [wanted],
+            keys=[wanted],
             outputs=sorted(keep),
         )
-        if wanted is not None:
-            self._resume[index] = found.outputs.get(wanted - 1)
+        self._resume[index] = found.outputs.get(wanted - 1)
         return found
 
 

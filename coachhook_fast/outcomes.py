@@ -11,7 +11,6 @@ from torch import Tensor
 from coachhook_fast.edit_set import EditOutcome
 from coachhook_fast.request import TokenisedRequest
 from coachhook_fast.targets import Target
-from coachhook_fast.updates import Updated
 
 # An edit with more than this share of its residual left at the end did not go in.
 RESIDUAL_LEFT_LIMIT = 0.5
@@ -22,17 +21,17 @@ class EditWarning(UserWarning):
 
 
 def outcomes_of(
-    batch: Sequence[TokenisedRequest], targets: Sequence[Target], v0: Tensor, updated: Updated
+    batch: Sequence[TokenisedRequest], targets: Sequence[Target], v0: Tensor, after: Tensor, strengths: Tensor
 ) -> tuple[EditOutcome, ...]:
-    """One outcome a request; v0 [m, n] as it was before the batch."""
+    """One outcome a request; v0 and after [m, n]: the last edited block's output before the batch and with its final
+    hooks and thresholds; strengths s [L, n]."""
     values = torch.stack([target.value for target in targets], dim=1)
     wanted = (values - v0).norm(dim=0)
-    left = torch.where(wanted > 0, (values - updated.outputs).norm(dim=0) / wanted, 0.0)  # 0: the fact was held already
+    # Where nothing was wanted the fact was held already.
+    left = torch.where(wanted > 0, (values - after.to(values)).norm(dim=0) / wanted, 0.0)
     return tuple(
         EditOutcome(tokens.request, target.loss, target.steps, tuple(strength), remaining)
-        for tokens, target, strength, remaining in zip(
-            batch, targets, updated.strengths.T.tolist(), left.tolist(), strict=True
-        )
+        for tokens, target, strength, remaining in zip(batch, targets, strengths.T.tolist(), left.tolist(), strict=True)
     )
 
 

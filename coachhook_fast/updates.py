@@ -37,13 +37,12 @@ class Updated:
     Attributes:
         edits: the edit set with new deltas and thresholds, not yet with the batch.
         layers: each layer's update.
-        strengths: s [L, n]; outputs: [m, n], the last edited block's output at the lookup positions afterwards.
+        strengths: s [L, n].
     """
 
     edits: EditSet
     layers: tuple[LayerUpdate, ...]
     strengths: Tensor
-    outputs: Tensor
 
 
 def update_layers(
@@ -94,8 +93,7 @@ def update_layers(
         updates.append(update)
         strengths.append(s)
     hooks.enable()
-    outputs = collector.final_outputs().to(values)
-    return Updated(edits, tuple(updates), torch.stack(strengths), outputs)
+    return Updated(edits, tuple(updates), torch.stack(strengths))
 
 
 def lower_alphas(partial: PartialModel, hooks: Hooks, updated: Updated, batch: Sequence[TokenisedRequest]) -> Updated:

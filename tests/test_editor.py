@@ -32,10 +32,10 @@ def facts(n: int, seed: int = 0) -> list[EditRequest]:
     return [EditRequest(**fact) for fact in tiny_facts(n, seed=seed)]
 
 
-def edit(editor: Editor, requests: list[EditRequest]) -> Any:
+def edit(editor: Editor, requests: list[EditRequest], **options: Any) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", EditWarning)  # six steps on a random model: residuals may stay
-        return editor.edit(requests, progress=False)
+        return editor.edit(requests, progress=False, **options)
 
 
 @torch.no_grad()
@@ -119,15 +119,15 @@ def test_unknown_architectures_name_their_modules() -> None:
 
 @pytest.mark.parametrize("gate", ["calibrated", "sequence"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-@pytest.mark.parametrize("where", ["solve", "late solve", "outputs"])
+@pytest.mark.parametrize("where", ["solve", "late solve", "outcomes"])
 def test_a_failed_batch_leaves_everything_as_it_was(
     gate: str, error: type[BaseException], where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     editor = make(config=CONFIG.replace(gate=gate))
     edit(editor, facts(2))
     before, ledger = snapshot(editor), editor.ledger
-    if where == "outputs":
-        monkeypatch.setattr("coachhook_fast.keys.KeyCollector.final_outputs", _raising(error))
+    if where == "outcomes":
+        monkeypatch.setattr("coachhook_fast.editor.outcomes_of", _raising(error))
     else:
         failing = editor.memories[1 if where == "late solve" else 0]
         monkeypatch.setattr(failing, "solve", _raising(error))
@@ -139,6 +139,29 @@ def test_a_failed_batch_leaves_everything_as_it_was(
     assert [hook.mode for hook in editor.hooks] == ["gated", "gated"]
     edit(editor, facts(3, seed=1))
     assert len(editor.ledger) == 2
+
+
+@pytest.mark.parametrize("gate", ["calibrated", "sequence"])
+def test_the_residual_left_is_that_of_the_published_hooks(gate: str) -> None:
+    """Under `sequence` the standing α keeps everything out until it is lowered at the end of the batch."""
+    editor = make(config=CONFIG.replace(gate=gate, alpha=50.0))
+    requests, seen = facts(3), {}
+
+    def outputs() -> torch.Tensor:
+        found = []
+        for request in requests:
+            row = request.tokenise(editor.tokenizer, []).bare
+            with torch.no_grad():
+                hidden = editor.model(torch.tensor([row.prompt]), output_hidden_states=True).hidden_states
+            found.append(hidden[editor.layers[-1] + 1][0, row.lookup])
+        return torch.stack(found, dim=1)
+
+    before = outputs()
+    batch = edit(editor, requests, observer=lambda event, _, **tensors: seen.update({event: tensors}))
+    values = seen["values"]["V"]
+    left = (values - outputs()).norm(dim=0) / (values - before).norm(dim=0)
+    assert [outcome.residual_left for outcome in batch.outcomes] == pytest.approx(left.tolist(), rel=1e-3)
+    assert max(left) < 0.9
 
 
 def _raising(error: type[BaseException]) -> Any:
