@@ -356,3 +356,17 @@ def test_bench(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
     assert run_json(capsys, "bench", "--list") == ["solve"]
     assert "lu" in run_text(capsys, "bench", "solve")
     assert "NAME must be one of solve" in fails(capsys, "bench")
+
+
+def test_bench_of_ones_own_model(
+    home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import coachhook_fast.bench.gated_linear as benchmark
+
+    monkeypatch.setattr(benchmark, "SECONDS", 0.01)
+    model, edits = str(home / "model"), str(home / "edits")
+    rows = run_json(capsys, "bench", "gated-linear", "--model", model, "--edits", edits)
+    assert {row["tokens"] for row in rows} == {1, 8, 64, 256}
+    assert all(row["checked"] and 0 < row["added_bytes"] < row["twin_bytes"] for row in rows)
+    assert "give both model and edits" in fails(capsys, "bench", "gated-linear", "--model", model)
+    assert "takes no model" in fails(capsys, "bench", "solve", "--model", model)

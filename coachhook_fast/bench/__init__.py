@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -19,8 +20,12 @@ def _benchmark(module: str) -> Callable[..., list[dict[str, Any]]]:
     def run(**options: Any) -> list[dict[str, Any]]:
         from coachhook_fast.bench.rows import complete, machine
 
+        benchmark = importlib.import_module(f"coachhook_fast.bench.{module}").run
+        unknown = sorted(set(options) - set(inspect.signature(benchmark).parameters))
+        if unknown:
+            raise ValueError(f"this benchmark takes no {', '.join(unknown)}")
         machine()  # before the run: a commit made meanwhile is not what was timed
-        return complete(importlib.import_module(f"coachhook_fast.bench.{module}").run(**options))
+        return complete(benchmark(**options))
 
     return run
 

@@ -248,6 +248,7 @@ def model_rows(model: str, edits: str, lengths: Sequence[int] = (1, 8, 64, 256))
                 correction = torch.where(fire[..., None], x @ hook.get_delta_weight().T, 0.0)
                 right = torch.allclose(out, plain + correction, rtol=1e-2, atol=1e-2 * float(plain.abs().max()))
                 ours, base = times([functools.partial(hook, x), functools.partial(hook.base_layer, x)])
+                state = hook.served.state
                 yield common.row(
                     f"edited layer {hook.index} of {model}, {length} tokens",
                     "plain projection",
@@ -262,6 +263,8 @@ def model_rows(model: str, edits: str, lengths: Sequence[int] = (1, 8, 64, 256))
                     rank=hook.delta.rank,
                     tokens=length,
                     gated_share=float(fire.double().mean()),
+                    added_bytes=hook.delta.nbytes + (0 if state.sketch is None else state.sketch.nbytes),
+                    twin_bytes=hook.weight.nbytes,
                 )
 
 

@@ -14,13 +14,18 @@ NAME = "bench"
 HELP = "Time a part of the package against its baseline; ratio is the baseline's seconds over ours."
 EXAMPLES = """examples:
   coachhook bench --list
-  coachhook bench cholesky
-  coachhook bench cholesky --json > rows.json
+  coachhook bench solve
+  coachhook bench solve --json > rows.json
+  coachhook bench gated-linear --model smollm2 --edits edits/    # your own model's edited layers
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", nargs="?", metavar="NAME", help="which benchmark")
+    parser.add_argument(
+        "--model", metavar="M", help="for gated-linear, statistics and targets: a model instead of theirs"
+    )
+    parser.add_argument("--edits", metavar="DIR", help="for gated-linear: the edit set of --model")
     parser.add_argument("--list", action="store_true", help="list the benchmarks")
 
 
@@ -32,7 +37,8 @@ def run(arguments: argparse.Namespace) -> Report:
         return Report(found, lambda console: console.print("\n".join(found), markup=False))
     if arguments.name not in BENCHMARKS:
         raise ValueError(f"NAME must be one of {', '.join(sorted(BENCHMARKS))}, got {arguments.name!r}")
-    rows = BENCHMARKS[arguments.name]()
+    given = {"model": arguments.model, "edits": arguments.edits}
+    rows = BENCHMARKS[arguments.name](**{name: value for name, value in given.items() if value is not None})
 
     def show(console: Console) -> None:
         from rich.table import Table
