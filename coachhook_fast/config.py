@@ -37,7 +37,7 @@ PAPER: dict[str, Any] = {
 class EditConfig:
     """Settings of an editing run; every value is checked when the object is made.
 
-    The defaults are what docs/notes/generality.md and drift.md found best; `EditConfig(**PAPER)` has the published ones.
+    The defaults are what docs/notes/generality.md and drift.md found best; `EditConfig(**PAPER)` is as published.
 
     Args:
         layers: edited blocks, ascending; None takes `default_layers` of the model.

@@ -41,6 +41,8 @@ class EditOutcome:
         loss: last loss of its target value; steps: Adam steps taken.
         strength: s = kᵀ C⁻¹ k a layer; the layer takes the share s / (1 + s) of its residual (METHOD section 6).
         residual_left: ||V - final output|| / ||V - first output||; 0 where the edit went in whole, 1 where nothing did.
+        in_context_only: the subject opens the prompt at the model's attention sink: the edit holds behind other text
+            only, and that is where `residual_left` was measured (see sinks.py).
     """
 
     request: EditRequest
@@ -48,6 +50,7 @@ class EditOutcome:
     steps: int
     strength: tuple[float, ...]
     residual_left: float
+    in_context_only: bool = False
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from coachhook_fast.models import context_length, fingerprint
 from coachhook_fast.outcomes import outcomes_of, warn_of_weak
 from coachhook_fast.progress import track
 from coachhook_fast.request import EditRequest, TokenisedRequest, tokenise_batch
+from coachhook_fast.sinks import away_from_sinks
 from coachhook_fast.statistics import KeyStatistics
 from coachhook_fast.statistics_cache import model_statistics
 from coachhook_fast.target_cache import TargetCache
@@ -179,7 +180,9 @@ class Editor:
             frozen(self.model),
             track("editing", len(tokens), "edit", progress) as bar,
         ):
-            pad_id = self._pad_id
+            pad_id, limit = self._pad_id, self.config.max_batch_tokens
+            with self.disabled():
+                tokens = away_from_sinks(self.partial, self.layers[-1], tokens, pad_id=pad_id, max_tokens=limit)
             v0 = self._bare_outputs(tokens)
             cache = TargetCache(self.edit_set, tokens)
             bar.advance(len(cache.found), "found before")

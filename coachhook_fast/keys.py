@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from coachhook_fast.forward import PartialModel, Recorded, TokenBatch, align_rows
-from coachhook_fast.request import TokenisedRequest
+from coachhook_fast.request import TokenisedRequest, TokenRow
 
 
 @dataclass(frozen=True)
@@ -102,12 +102,16 @@ def bare_outputs(
     partial: PartialModel, last: int, batch: Sequence[TokenisedRequest], *, pad_id: int, max_tokens: int
 ) -> Tensor:
     """[m, n], output of block `last` at the subjects' last tokens of the bare prompts, with the hooks as they are."""
-    rows = [(tokens.bare.prompt, tokens.bare.lookup) for tokens in batch]
+    return outputs_at(partial, last, [tokens.bare for tokens in batch], pad_id=pad_id, max_tokens=max_tokens)
+
+
+@torch.no_grad()
+def outputs_at(partial: PartialModel, last: int, rows: Sequence[TokenRow], *, pad_id: int, max_tokens: int) -> Tensor:
+    """[m, rows], output of block `last` at the lookup positions of `rows`, with the hooks as they are."""
     parts = []
-    with torch.no_grad():
-        for chunk in _chunks(rows, 1, max_tokens, pad_id, partial.device):
-            _, found = partial.run(chunk.columns(0), until=last, outputs=[last])
-            parts.append(found.outputs[last][:, chunk.lookup])
+    for chunk in _chunks([(row.prompt, row.lookup) for row in rows], 1, max_tokens, pad_id, partial.device):
+        _, found = partial.run(chunk.columns(0), until=last, outputs=[last])
+        parts.append(found.outputs[last][:, chunk.lookup])
     return torch.cat(parts).T
 
 

@@ -30,14 +30,22 @@ def outcomes_of(
     # Where nothing was wanted the fact was held already.
     left = torch.where(wanted > 0, (values - after.to(values)).norm(dim=0) / wanted, 0.0)
     return tuple(
-        EditOutcome(tokens.request, target.loss, target.steps, tuple(strength), remaining)
+        EditOutcome(tokens.request, target.loss, target.steps, tuple(strength), remaining, tokens.in_context_only)
         for tokens, target, strength, remaining in zip(batch, targets, strengths.T.tolist(), left.tolist(), strict=True)
     )
 
 
 def warn_of_weak(outcomes: Sequence[EditOutcome]) -> None:
-    """One EditWarning for each request of which more than RESIDUAL_LEFT_LIMIT is left."""
+    """One EditWarning for each request with more than RESIDUAL_LEFT_LIMIT left, or that holds in context only."""
     for outcome in outcomes:
+        if outcome.in_context_only:
+            warnings.warn(
+                f"edit {outcome.request.text!r} -> {outcome.request.target_new!r} holds only where text precedes the "
+                f"subject: {outcome.request.subject!r} ends at the model's attention sink in the bare prompt, where "
+                "all subjects look alike (docs/notes/sinks.md); begin prompts with other text or a BOS token",
+                EditWarning,
+                stacklevel=3,
+            )
         if outcome.residual_left > RESIDUAL_LEFT_LIMIT:
             strengths = ", ".join(f"{s:.2f}" for s in outcome.strength)
             warnings.warn(

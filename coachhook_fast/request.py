@@ -90,11 +90,15 @@ class TokenRow:
 
 @dataclass(frozen=True)
 class TokenisedRequest:
-    """A request's rows: one a context, the bare prompt last; `kl` is "{subject} is a"."""
+    """A request's rows: one a context, the bare prompt last; `kl` is "{subject} is a".
+
+    Where `in_context_only`, the bare prompt cannot be edited and another row stands in its place (see sinks.py).
+    """
 
     request: EditRequest
     rows: tuple[TokenRow, ...]
     kl: TokenRow
+    in_context_only: bool = False
 
     @property
     def bare(self) -> TokenRow:

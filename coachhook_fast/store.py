@@ -269,7 +269,7 @@ def _batch_from_json(folder: Path, line: Mapping[str, Any]) -> Batch:
         outcomes=tuple(
             EditOutcome(
                 _request_of(outcome["request"]), outcome["loss"], outcome["steps"], tuple(outcome["strength"]),
-                outcome["residual_left"],
+                outcome["residual_left"], outcome.get("in_context_only", False),
             )
             for outcome in line["outcomes"]
         ),

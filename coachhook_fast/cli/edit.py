@@ -139,4 +139,5 @@ def _edit_line(batch: Batch, outcome: EditOutcome) -> dict[str, Any]:
         "steps": outcome.steps,
         "strength": list(outcome.strength),
         "residual_left": outcome.residual_left,
+        "in_context_only": outcome.in_context_only,
     }
