@@ -77,7 +77,7 @@ class EditConfig:
     v_loss_threshold: float = 0.02
     clamp_norm_factor: float = 3.0
     kl_factor: float = 0.25
-    continuation_factor: float = 1.0
+    continuation_factor: float = 0.25
     mom2_update_weight: float | None = None
     mom2_n_tokens: int | None = None
     mom2_tolerance: float | None = None
