@@ -104,6 +104,12 @@ class TokenisedRequest:
     def bare(self) -> TokenRow:
         return self.rows[-1]
 
+    @property
+    def row_like_kl(self) -> int | None:
+        """A row that begins as `kl` does up to the lookup position: a causal model predicts the same there."""
+        begin = self.kl.prompt[: self.kl.lookup + 1]
+        return next((i for i, row in enumerate(self.rows) if row.prompt[: row.lookup + 1] == begin), None)
+
 
 def encode_prompt_target(tokenizer: Any, prompt: str, target: str) -> tuple[list[int], list[int]]:
     """Token ids of `prompt` and of `target` as its continuation, with one space between.

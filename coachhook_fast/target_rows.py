@@ -18,7 +18,8 @@ from coachhook_fast.request import TokenisedRequest
 class TargetRows:
     """The rows of some requests from the lookup position on, with all that comes before them as fixed tensors.
 
-    Request i has rows i·R … i·R + R − 1: R − 1 contexts with prompt and target, and "{subject} is a" last.
+    Request i has rows i·R … i·R + R − 1: its contexts with prompt and target and, unless every request has a context
+    that begins in the same way, "{subject} is a" last.
 
     Attributes:
         hidden: [N, q, m] clean output of the last edited block from the lookup column on.
@@ -61,6 +62,7 @@ class TargetRows:
         weights: list[float] = []
         fixed: list[tuple[int, int, int]] = []
         fixed_weights: list[float] = []
+        own_kl_row = any(needs_kl_row(tokens, whole_rows) for tokens in batch)
         for position, tokens in enumerate(batch):
             for number, row in enumerate(tokens.rows):
                 continues = row is tokens.bare and config.continuation_factor > 0
@@ -73,9 +75,12 @@ class TargetRows:
                 if continues:
                     fixed.append((position, number, first + len(row.target)))
                     fixed_weights.append(config.continuation_factor)
-            texts.append(list(tokens.kl.prompt if whole_rows else tokens.kl.prompt[: tokens.kl.lookup + 1]))
-            lookups.append(tokens.kl.lookup)
-            fixed.append((position, len(tokens.rows), 0))
+            if own_kl_row:
+                texts.append(list(tokens.kl.prompt if whole_rows else tokens.kl.prompt[: tokens.kl.lookup + 1]))
+                lookups.append(tokens.kl.lookup)
+            like_kl = len(tokens.rows) if own_kl_row else tokens.row_like_kl
+            assert like_kl is not None
+            fixed.append((position, like_kl, 0))
             fixed_weights.append(config.kl_factor)
         padded = align_rows(texts, lookups, pad_id, partial.device)
         _, below = partial.run(padded.columns(0), until=last, outputs=[last])
@@ -87,7 +92,7 @@ class TargetRows:
             tokens=padded,
             hidden=hidden[:, padded.lookup :],
             cache=cache,
-            rows_each=len(batch[0].rows) + 1,
+            rows_each=len(batch[0].rows) + own_kl_row,
             request=request,
             row=row_number,
             column=column,
@@ -124,3 +129,8 @@ class TargetRows:
     def fixed_of(self, kept: Tensor) -> Tensor:
         """[F] bool: the entries of the requests `kept`."""
         return torch.isin(self.fixed_request, kept)
+
+
+def needs_kl_row(tokens: TokenisedRequest, whole_rows: bool) -> bool:
+    """Whether the request's KL term needs a row of its own; where rows are whole their statistics differ."""
+    return whole_rows or tokens.row_like_kl is None

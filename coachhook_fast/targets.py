@@ -30,7 +30,7 @@ from coachhook_fast.distributed import ranks
 from coachhook_fast.forward import PartialModel
 from coachhook_fast.progress import Bar
 from coachhook_fast.request import TokenisedRequest
-from coachhook_fast.target_rows import TargetRows
+from coachhook_fast.target_rows import TargetRows, needs_kl_row
 
 # Without a learning rate of its own a request's δ moves by about this share of ||v0|| a step.
 STEP_SHARE = 0.35
@@ -81,7 +81,7 @@ def optimise(
     results = {index: _moved(target, v0.device) for index, target in (known or {}).items()}
     mine: dict[int, Target] = {}
     rank, world = ranks()
-    waiting = _groups(_merged(batch, results), batch, config.max_batch_tokens)[rank::world]
+    waiting = _groups(_merged(batch, results), batch, config.max_batch_tokens, whole_rows)[rank::world]
     while waiting:
         group = waiting.pop(0)
         members = [index for cluster in group for index in cluster]
@@ -206,10 +206,17 @@ def _merged(batch: Sequence[TokenisedRequest], known: Mapping[int, Target]) -> l
     return [members for members in clusters.values() if not all(index in known for index in members)]
 
 
-def _groups(clusters: Sequence[list[int]], batch: Sequence[TokenisedRequest], max_tokens: int) -> list[list[list[int]]]:
-    """Clusters of like length together, at most `max_tokens` padded tokens a group (one cluster at least)."""
+def _groups(
+    clusters: Sequence[list[int]], batch: Sequence[TokenisedRequest], max_tokens: int, whole_rows: bool
+) -> list[list[list[int]]]:
+    """Clusters of like length together, at most `max_tokens` padded tokens a group (one cluster at least), those that
+    need a row for their KL term apart from those that do not."""
     before = {index: max(row.lookup for row in tokens.rows) for index, tokens in enumerate(batch)}
     after = {i: max(len(row.prompt) + len(row.target) - row.lookup for row in t.rows) for i, t in enumerate(batch)}
+    extra = {index: needs_kl_row(tokens, whole_rows) for index, tokens in enumerate(batch)}
+
+    def kind(cluster: list[int]) -> tuple[bool, int]:
+        return any(extra[i] for i in cluster), max(after[i] for i in cluster)
 
     def size(group: Sequence[list[int]]) -> int:
         members = [index for cluster in group for index in cluster]
@@ -217,8 +224,9 @@ def _groups(clusters: Sequence[list[int]], batch: Sequence[TokenisedRequest], ma
         return sum(len(batch[i].rows) + 1 for i in members) * columns
 
     groups: list[list[list[int]]] = []
-    for cluster in sorted(clusters, key=lambda members: max(after[i] for i in members)):
-        if groups and size([*groups[-1], cluster]) <= max_tokens:
+    for cluster in sorted(clusters, key=kind):
+        alike = groups and kind(groups[-1][0])[0] == kind(cluster)[0]
+        if alike and size([*groups[-1], cluster]) <= max_tokens:
             groups[-1].append(cluster)
         else:
             groups.append([cluster])
