@@ -26,7 +26,6 @@ PAPER: dict[str, Any] = {
     "v_num_grad_steps": 25,
     "v_loss_threshold": 0.05,
     "clamp_norm_factor": 0.75,
-    "kl_factor": 0.0625,
     "continuation_factor": 0.0,
     "context_seeds": ("The", "Therefore", "Because", "I", "You"),
     "subject_templates": (),
@@ -76,7 +75,7 @@ class EditConfig:
     v_weight_decay: float = 0.5
     v_loss_threshold: float = 0.02
     clamp_norm_factor: float = 3.0
-    kl_factor: float = 0.25
+    kl_factor: float = 0.0625
     continuation_factor: float = 0.25
     mom2_update_weight: float | None = None
     mom2_n_tokens: int | None = None
