@@ -32,6 +32,11 @@ from coachhook_fast.progress import Bar
 from coachhook_fast.request import TokenisedRequest
 from coachhook_fast.target_rows import TargetRows, needs_kl_row
 
+# A step's rows are padded to the longest of their group. Once a group has this many tokens a step, matrix products are
+# at their full rate, and a cluster that would lengthen it by more than this share begins a group of its own.
+_ENOUGH_TOKENS = 128
+_LENGTHENING = 1.2
+
 # Without a learning rate of its own a request's δ moves by about this share of ||v0|| a step.
 STEP_SHARE = 0.35
 
@@ -223,10 +228,15 @@ def _groups(
         columns = max(before[i] for i in members) + max(after[i] for i in members)
         return sum(len(batch[i].rows) + 1 for i in members) * columns
 
+    def fits(group: Sequence[list[int]], cluster: list[int]) -> bool:
+        (extra_row, shortest), (own_extra_row, length) = kind(group[0]), kind(cluster)
+        step_tokens = sum(len(batch[i].rows) for members in group for i in members) * shortest
+        lengthens = step_tokens >= _ENOUGH_TOKENS and length > _LENGTHENING * shortest
+        return extra_row == own_extra_row and not lengthens and size([*group, cluster]) <= max_tokens
+
     groups: list[list[list[int]]] = []
     for cluster in sorted(clusters, key=kind):
-        alike = groups and kind(groups[-1][0])[0] == kind(cluster)[0]
-        if alike and size([*groups[-1], cluster]) <= max_tokens:
+        if groups and fits(groups[-1], cluster):
             groups[-1].append(cluster)
         else:
             groups.append([cluster])
