@@ -5,7 +5,7 @@ For each request, δ minimises
     mean over contexts of NLL(target | context + prompt) + kl_factor KL(p0 || pδ) + v_weight_decay ||δ|| / ||v0||²
     + continuation_factor KL(p0 || pδ after the target)
 
-The last term is not the paper's: without it a long δ makes the model repeat the target (docs/notes/drift.md).
+The last term is not the paper's and off by default (docs/notes/drift.md).
 
 What does not depend on δ is computed once: the blocks up to the last edited one, and in the blocks above it the keys
 and values of all tokens before the lookup position, which act as a fixed cache. A step then runs the upper blocks over
