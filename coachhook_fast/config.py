@@ -45,9 +45,9 @@ class EditConfig:
         v_loss_threshold: a request whose loss is below it stops.
         clamp_norm_factor: bound on ||δ|| / ||v0||.
         kl_factor: weight of KL(p0 || pδ) at the subject's last token of "{subject} is a".
-        continuation_factor: weight of KL(p0 || pδ) at the target's last token after the bare prompt: the text goes on as
-            it would have instead of repeating the target. It costs reliability where targets are long (docs/notes/drift.md),
-            so it is off, as in the paper.
+        continuation_factor: weight of KL(p0 || pδ) at the target's last token after the bare prompt: the text goes on
+            as it would have instead of repeating the target. It costs reliability where targets are long
+            (docs/notes/drift.md), so it is off, as in the paper.
         mom2_update_weight: λ of C = λ E[kkᵀ] + Σ KKᵀ; None takes `default_update_weight` (docs/notes/lambda.md).
         mom2_n_tokens: token budget of the key statistics; None takes 20 d, or 10 d of the model's own text.
         mom2_tolerance: stop the statistics before the budget, once the estimated relative error of C⁻¹k is below it.
