@@ -54,9 +54,11 @@ class EditConfig:
         stats_sequence_length: tokens a packed row of the statistics pass, capped by the model's context.
         gate: "calibrated" or "sequence".
         alpha: the `sequence` gate's first threshold α; it never rises.
-        threshold_rule: "zscore" or "fpr", how `calibrated` finds τ (see thresholds.calibrated_threshold).
-        threshold_z: standard deviations above the mean for "zscore".
-        threshold_fpr: share of ordinary tokens that may pass for "fpr".
+        threshold_rule: "own_keys", "zscore" or "fpr", how `calibrated` finds τ (see thresholds.calibrated_threshold and
+            docs/notes/gates.md).
+        threshold_own: for "own_keys", where τ lies between ordinary text (0) and the edits' own keys (1).
+        threshold_z: standard deviations above the mean for "zscore"; "own_keys" takes at most twice as many.
+        threshold_fpr: share of ordinary tokens that may pass for "fpr", and at most for "own_keys".
         threshold_keys: ordinary keys kept a layer to find τ.
         context_seeds: beginnings from which the model writes the context texts.
         context_tokens: tokens generated after each beginning.
@@ -83,7 +85,8 @@ class EditConfig:
     stats_sequence_length: int = 512
     gate: str = "calibrated"
     alpha: float = 2.2
-    threshold_rule: str = "zscore"
+    threshold_rule: str = "own_keys"
+    threshold_own: float = 0.7
     threshold_z: float = 8.0
     threshold_fpr: float = 1e-3
     threshold_keys: int = 4096
@@ -103,7 +106,7 @@ class EditConfig:
                 raise ValueError(f"layers must be one or more block numbers >= 0, got {self.layers}")
             if list(self.layers) != sorted(set(self.layers)):
                 raise ValueError(f"layers must be ascending without repeats, got {self.layers}")
-        for name in ("clamp_norm_factor", "alpha", "threshold_z", "threshold_fpr"):
+        for name in ("clamp_norm_factor", "alpha", "threshold_own", "threshold_z", "threshold_fpr"):
             _check_number(name, getattr(self, name), above=0.0)
         for name in ("v_weight_decay", "v_loss_threshold", "kl_factor", "continuation_factor"):
             _check_number(name, getattr(self, name), least=0.0)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from coachhook_fast.config import EditConfig
@@ -125,11 +126,12 @@ class EditSet:
         raise ValueError(f"batch_id {batch_id!r} is not in the ledger, which holds {known}")
 
 
-def without(edit_set: EditSet, batch_id: str, calibrate: Callable[[int, LowRankDelta], Threshold]) -> EditSet:
+def without(edit_set: EditSet, batch_id: str, calibrate: Callable[[int, LowRankDelta, Tensor], Threshold]) -> EditSet:
     """The edit set as if the batch had never been made: Δ replayed from the other batches' updates.
 
     Args:
-        calibrate: (position, delta) -> τ, asked only under `calibrated` and where the ledger does not hold the answer.
+        calibrate: (position, delta, keys [d, N]) -> τ, asked only under `calibrated` and where the ledger does not hold
+            the answer.
 
     Raises:
         ValueError: no such batch.
@@ -151,7 +153,8 @@ def without(edit_set: EditSet, batch_id: str, calibrate: Callable[[int, LowRankD
         elif is_last:
             thresholds.append(rest[-1].thresholds[position])
         else:
-            thresholds.append(calibrate(position, replayed))
+            own = torch.cat([batch.layers[position].keys for batch in rest], dim=1)
+            thresholds.append(calibrate(position, replayed, own))
     return replace(edit_set, deltas=tuple(deltas), thresholds=tuple(thresholds), batches=rest)
 
 

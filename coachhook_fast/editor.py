@@ -218,14 +218,14 @@ class Editor:
         last, limit = self.layers[-1], self.config.max_batch_tokens
         return bare_outputs(self.partial, last, batch, pad_id=self._pad_id, max_tokens=limit)
 
-    def _threshold(self, position: int, delta: LowRankDelta) -> Threshold:
-        """The layer's threshold for a new delta: a fresh τ, or the standing α."""
+    def _threshold(self, position: int, delta: LowRankDelta, own: Tensor) -> Threshold:
+        """The layer's threshold for a new delta with the edits' keys `own` [d, N]: a fresh τ, or the standing α."""
         if self.config.gate == "sequence":
             return self.edit_set.thresholds[position]
         if self.statistics is None:  # a saved edit set rolled back before anything was edited
             self.collect_statistics()
         assert self.statistics is not None
-        return thresholds.calibrate(delta, self.statistics.samples[self.layers[position]], self.config)
+        return thresholds.calibrate(delta, self.statistics.samples[self.layers[position]], own, self.config)
 
     def _commit(self, edited: EditSet) -> None:
         """The point of no return: memories, hooks and edit set change together."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 GATES = ("calibrated", "sequence")
-THRESHOLD_RULES = ("zscore", "fpr")
+THRESHOLD_RULES = ("own_keys", "zscore", "fpr")
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ def warn_of_weak(outcomes: Sequence[EditOutcome]) -> None:
                 f"edit {outcome.request.text!r} -> {outcome.request.target_new!r} did not go in: "
                 f"{outcome.residual_left:.0%} of its residual is left. Insertion strength s a layer: {strengths} (it "
                 "takes s / (1 + s): where s is small, lower mom2_update_weight); where s is large the gate keeps the "
-                "subject out (coachhook inspect shows it): lower threshold_z",
+                "subject out (coachhook inspect shows it): lower threshold_own",
                 EditWarning,
                 stacklevel=3,
             )

@@ -19,21 +19,27 @@ from coachhook_fast.request import TokenisedRequest
 _ROUNDING_UNITS = 64
 _LARGEST_MARGIN = 0.02
 
+# The edits that "own_keys" lets go: a few stand at keys that ordinary text shares.
+_OWN_QUANTILE = 0.05
 
-def calibrate(delta: LowRankDelta, keys: torch.Tensor, config: EditConfig) -> Threshold:
-    """τ of the `calibrated` gate for `delta`, from the sample `keys` [S, d] of ordinary text."""
+
+def calibrate(delta: LowRankDelta, keys: torch.Tensor, own: torch.Tensor, config: EditConfig) -> Threshold:
+    """τ of the `calibrated` gate for `delta`, from `keys` [S, d] of ordinary text and the edits' own, `own` [d, N]."""
     if delta.rank == 0:
         return Threshold(float("inf"))
-    return calibrated_threshold(delta.norms(keys.to(delta.device)), config)
+    keys = keys.to(delta.device)
+    return calibrated_threshold(delta.norms(keys), delta.norms(own.T.to(keys)), config)
 
 
-def calibrated_threshold(norms: torch.Tensor, config: EditConfig) -> Threshold:
-    """τ of the `calibrated` gate from the norms ||Δk|| of ordinary keys.
+def calibrated_threshold(norms: torch.Tensor, own: torch.Tensor, config: EditConfig) -> Threshold:
+    """τ of the `calibrated` gate from the norms ||Δk|| of ordinary keys and of the edits' own.
 
     Args:
-        norms: [N] fp32 or fp64, ||Δk|| over the stored sample of corpus keys.
+        norms: [S] fp32 or fp64, ||Δk|| over the stored sample of corpus keys, with this mean and std.
+        own: [N], ||Δk|| over the keys of all edits.
         config: `threshold_rule` "zscore": τ = mean + threshold_z * std; "fpr": the quantile that a share
-            `threshold_fpr` of the sample passes.
+            `threshold_fpr` of the sample passes; "own_keys": the share `threshold_own` of the way from the mean to the
+            5 % quantile of `own`, at least the quantile of "fpr" and at most mean + 2 threshold_z std.
 
     Raises:
         ValueError: fewer than two norms, or a norm is not finite.
@@ -42,13 +48,16 @@ def calibrated_threshold(norms: torch.Tensor, config: EditConfig) -> Threshold:
     if values.numel() < 2 or not bool(torch.isfinite(values).all()):
         raise ValueError(f"norms must hold two or more finite values, got {values.numel()} with {values}")
     mean, std = float(values.mean()), float(values.std())
+    if config.threshold_rule == "zscore":
+        return Threshold(mean + config.threshold_z * std, mean, std)
+    # Counting from the top: torch.quantile refuses more than 16 million values.
+    passing = max(1, round(config.threshold_fpr * values.numel()))
+    ordinary = float(values.topk(passing).values[-1])
     if config.threshold_rule == "fpr":
-        # Counting from the top: torch.quantile refuses more than 16 million values.
-        passing = max(1, round(config.threshold_fpr * values.numel()))
-        value = float(values.topk(passing).values[-1])
-    else:
-        value = mean + config.threshold_z * std
-    return Threshold(value, mean, std)
+        return Threshold(ordinary, mean, std)
+    low = float(own.detach().to(torch.float64).quantile(_OWN_QUANTILE))
+    wished = mean + config.threshold_own * (low - mean)
+    return Threshold(max(ordinary, min(wished, mean + 2 * config.threshold_z * std)), mean, std)
 
 
 @torch.no_grad()

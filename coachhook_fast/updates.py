@@ -52,7 +52,7 @@ def update_layers(
     edits: EditSet,
     batch: Sequence[TokenisedRequest],
     values: Tensor,
-    threshold: Callable[[int, LowRankDelta], Threshold],
+    threshold: Callable[[int, LowRankDelta, Tensor], Threshold],
     *,
     pad_id: int,
     tell: Observer,
@@ -61,7 +61,7 @@ def update_layers(
 
     Args:
         values: V [m, n].
-        threshold: (position, new delta) -> the layer's threshold with it.
+        threshold: (position, new delta, keys [d, N] of all edits) -> the layer's threshold with it.
         tell: observer, see `Editor.edit`.
     """
     config, count = edits.config, len(edits.layers)
@@ -88,7 +88,8 @@ def update_layers(
         old = edits.deltas[position]
         update = LayerUpdate(K, R.to(old.dtype), X.to(old.dtype))
         delta = old.append(update.residuals, update.directions)
-        edits = edits.with_layer(position, delta, threshold(position, delta))
+        own = torch.cat([*(batch.layers[position].keys.to(K) for batch in edits.batches), K], dim=1)
+        edits = edits.with_layer(position, delta, threshold(position, delta, own))
         hooks.publish(edits)
         updates.append(update)
         strengths.append(s)

@@ -17,7 +17,7 @@ from coachhook_fast.memory import KeyMemory
 
 CONFIG = EditConfig(
     layers=(1, 2), v_num_grad_steps=6, v_lr=0.3, clamp_norm_factor=3.0, mom2_update_weight=5.0, context_tokens=3,
-    context_seeds=("The", "You"), threshold_keys=64, stats_sequence_length=48, threshold_z=2.0,
+    context_seeds=("The", "You"), threshold_keys=64, stats_sequence_length=48, threshold_rule="zscore", threshold_z=2.0,
 )  # fmt: skip
 TEXT = "By trade, Clara Quill is a"
 

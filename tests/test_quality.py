@@ -27,7 +27,7 @@ common: Any = importlib.import_module("baselines.common")
 
 CONFIG = EditConfig(
     layers=(1, 2), v_num_grad_steps=3, v_lr=0.3, clamp_norm_factor=3.0, mom2_update_weight=5.0, context_tokens=3,
-    context_seeds=("The",), threshold_keys=64, stats_sequence_length=48, threshold_z=1.0,
+    context_seeds=("The",), threshold_keys=64, stats_sequence_length=48, threshold_rule="zscore", threshold_z=1.0,
 )  # fmt: skip
 # With the quick settings for all: 25 steps on a random model also blow up the last digits of fp32.
 METHODS = {

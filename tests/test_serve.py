@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::coachhook_fast.EditWarning")
 
 PATH = Path(__file__).resolve().parents[1] / "examples" / "serve_fastapi.py"
 TOKEN = "secret"
-CONFIG = EditConfig(layers=(1, 2), v_num_grad_steps=4, mom2_update_weight=5.0, threshold_z=1.0)
+CONFIG = EditConfig(layers=(1, 2), v_num_grad_steps=4, mom2_update_weight=5.0, threshold_rule="zscore", threshold_z=1.0)
 FACTS = [{name: fact[name] for name in ("prompt", "subject", "target_new")} for fact in tiny_facts(6)]
 PROMPT = tiny_texts()[0]
 

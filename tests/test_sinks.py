@@ -18,7 +18,7 @@ from coachhook_fast.sinks import away_from_sinks
 
 CONFIG = EditConfig(
     layers=(1, 2), v_num_grad_steps=6, v_lr=0.3, mom2_update_weight=5.0, context_tokens=3, threshold_keys=64,
-    stats_sequence_length=48, threshold_z=1.0,
+    stats_sequence_length=48, threshold_rule="zscore", threshold_z=1.0,
 )  # fmt: skip
 SINKING = EditRequest("Q works as a", "Q", "pilot")
 ORDINARY = EditRequest("Yesterday Z was born in", "Z", "Oslo")

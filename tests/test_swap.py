@@ -207,7 +207,9 @@ def test_editing_a_twin_while_the_model_serves() -> None:
     model = tiny_model("llama")
     other = twin(model)
     assert all(a is b for a, b in zip(model.parameters(), other.parameters(), strict=True))
-    config = EditConfig(layers=LAYERS, v_num_grad_steps=3, mom2_update_weight=10.0, threshold_z=1.0)
+    config = EditConfig(
+        layers=LAYERS, v_num_grad_steps=3, mom2_update_weight=10.0, threshold_rule="zscore", threshold_z=1.0
+    )
     editor = Editor(other, tiny_tokenizer(), config)
     editor.collect_statistics(tiny_texts(), progress=False)
     with pytest.raises(ValueError, match="hooks already"):

@@ -65,7 +65,13 @@ def logits_of(model: Any, text: str) -> Tensor:
 
 def editor_for(gate: str, *, dtype: torch.dtype = torch.float32, family: str = "llama", **changes: Any) -> Editor:
     """An editor of a tiny model with its statistics collected."""
-    settings = {"layers": LAYERS, "v_num_grad_steps": 3, "mom2_update_weight": 10.0, "threshold_z": 1.0}
+    settings = {
+        "layers": LAYERS,
+        "v_num_grad_steps": 3,
+        "mom2_update_weight": 10.0,
+        "threshold_rule": "zscore",
+        "threshold_z": 1.0,
+    }
     config = EditConfig(gate=gate, **{**settings, **changes})
     editor = Editor(tiny_model(family, dtype=dtype), tiny_tokenizer(), config)
     editor.collect_statistics(tiny_texts(), progress=False)

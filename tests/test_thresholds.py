@@ -1,0 +1,54 @@
+"""The rules for τ of the `calibrated` gate, each against its definition."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from coachhook_fast import EditConfig
+from coachhook_fast.thresholds import calibrated_threshold
+
+
+def samples(own_at: float, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Norms of 2 000 ordinary keys, and of 40 edits' keys about `own_at` standard deviations above their mean."""
+    generator = torch.Generator().manual_seed(seed)
+    ordinary = torch.randn(2000, generator=generator, dtype=torch.float64).abs()
+    own = ordinary.mean() + own_at * ordinary.std() * (1 + 0.1 * torch.rand(40, generator=generator))
+    return ordinary, own
+
+
+def test_own_keys_lie_above_the_threshold_and_ordinary_text_below() -> None:
+    ordinary, own = samples(10.0)
+    config = EditConfig(threshold_rule="own_keys", threshold_own=0.7)
+    found = calibrated_threshold(ordinary, own, config)
+    low = own.quantile(0.05)
+    assert found.value == pytest.approx(float(ordinary.mean() + 0.7 * (low - ordinary.mean())))
+    assert bool((own > found.value).all())
+    assert bool((ordinary < found.value).all())
+
+
+def test_edits_within_ordinary_text_do_not_open_the_gate() -> None:
+    ordinary, own = samples(0.5)
+    found = calibrated_threshold(ordinary, own, EditConfig(threshold_rule="own_keys", threshold_fpr=0.01))
+    assert int((ordinary >= found.value).sum()) == 20  # a share of .01, and no more
+    assert found == calibrated_threshold(ordinary, own, EditConfig(threshold_rule="fpr", threshold_fpr=0.01))
+
+
+def test_edits_far_out_leave_room_for_paraphrases() -> None:
+    ordinary, own = samples(60.0)
+    found = calibrated_threshold(ordinary, own, EditConfig(threshold_rule="own_keys", threshold_z=8.0))
+    assert found.value == pytest.approx(float(ordinary.mean() + 16 * ordinary.std()))
+
+
+def test_zscore_looks_at_ordinary_text_alone() -> None:
+    ordinary, own = samples(60.0)
+    found = calibrated_threshold(ordinary, own, EditConfig(threshold_rule="zscore", threshold_z=6.0))
+    assert found.value == pytest.approx(float(ordinary.mean() + 6 * ordinary.std()))
+    assert found == calibrated_threshold(ordinary, own[:1], EditConfig(threshold_rule="zscore", threshold_z=6.0))
+
+
+def test_norms_without_numbers_are_refused() -> None:
+    ordinary, own = samples(10.0)
+    ordinary[3] = torch.nan
+    with pytest.raises(ValueError, match="norms must hold two or more finite values"):
+        calibrated_threshold(ordinary, own, EditConfig())
