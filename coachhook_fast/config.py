@@ -20,7 +20,7 @@ _EASYEDIT_ONLY = {
     "lm_head_module", "mom2_adjustment", "mom2_dataset", "mom2_n_samples", "mom2_dtype", "objective_optimization",
 }  # fmt: skip
 
-# The published settings (arXiv 2403.05330) that the defaults differ from.
+# The published settings of target values and contexts (arXiv 2403.05330) that the defaults differ from.
 PAPER: dict[str, Any] = {
     "v_lr": 0.5,
     "v_num_grad_steps": 25,
@@ -35,7 +35,7 @@ PAPER: dict[str, Any] = {
 class EditConfig:
     """Settings of an editing run; every value is checked when the object is made.
 
-    The defaults are what docs/notes/generality.md and drift.md found best; `EditConfig(**PAPER)` is as published.
+    The defaults are what docs/notes/ found best; `EditConfig(**PAPER)` finds target values as published.
 
     Args:
         layers: edited blocks, ascending; None takes `default_layers` of the model.
@@ -121,6 +121,8 @@ class EditConfig:
             _check_number("mom2_tolerance", self.mom2_tolerance, above=0.0)
         if self.mom2_n_tokens is not None:
             _check_number("mom2_n_tokens", self.mom2_n_tokens, least=1, integer=True)
+        if self.threshold_own > 1:
+            raise ValueError(f"threshold_own must be a share of at most 1, got {self.threshold_own}")
         if self.threshold_fpr >= 1:
             raise ValueError(f"threshold_fpr must be a share under 1, got {self.threshold_fpr}")
         if self.gate not in GATES:

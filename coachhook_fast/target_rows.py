@@ -65,7 +65,7 @@ class TargetRows:
         own_kl_row = any(needs_kl_row(tokens, whole_rows) for tokens in batch)
         for position, tokens in enumerate(batch):
             for number, row in enumerate(tokens.rows):
-                continues = row is tokens.bare and config.continuation_factor > 0
+                continues = number == len(tokens.rows) - 1 and config.continuation_factor > 0
                 fed = row.target if whole_rows or continues else row.target[:-1]
                 texts.append([*row.prompt, *fed])
                 lookups.append(row.lookup)

@@ -15,6 +15,7 @@ from coachhook_fast import store as edit_store
 from coachhook_fast.architectures import layout_of
 from coachhook_fast.forward import PartialModel, frozen
 from coachhook_fast.sinks import away_from_sinks
+from coachhook_fast.target_rows import TargetRows
 
 CONFIG = EditConfig(
     layers=(1, 2), v_num_grad_steps=6, v_lr=0.3, mom2_update_weight=5.0, context_tokens=3, threshold_keys=64,
@@ -54,6 +55,17 @@ def test_rows_at_the_sink_are_replaced() -> None:
     assert moved[1].rows[1] == batch[1].rows[0]  # "Z is known for" opens with the subject too
     assert moved[1].bare == batch[1].bare
     assert not moved[1].in_context_only
+
+
+def test_a_replaced_row_counts_once() -> None:
+    """The row that stands in for the bare prompt is a context too: its continuation must not weigh twice."""
+    model, tokenizer = model_with_a_sink(), tiny_tokenizer()
+    batch = [SINKING.tokenise(tokenizer, ("The old town", "{} is known for", "A text about {} says"))]
+    partial = PartialModel(model, layout_of(model))
+    with frozen(model):
+        moved = away_from_sinks(partial, 2, batch, pad_id=0, max_tokens=100)
+        rows = TargetRows.build(partial, 2, moved, CONFIG.replace(continuation_factor=0.5), 0, False)
+    assert rows.fixed_weights.tolist() == [0.5, CONFIG.kl_factor]
 
 
 def test_a_model_without_a_sink_keeps_its_rows() -> None:

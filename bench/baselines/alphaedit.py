@@ -11,7 +11,7 @@ every model. `L2` is the published 10 scaled by the same rule as λ, d / 16 384.
 from __future__ import annotations
 
 import torch
-from baselines.common import Baseline
+from baselines.common import LayerByLayer
 from torch import Tensor
 
 NULL_SHARE = 0.02
@@ -19,7 +19,7 @@ L2 = 10.0
 _PAPER_WIDTH = 16_384
 
 
-class AlphaEdit(Baseline):
+class AlphaEdit(LayerByLayer):
     name = "alphaedit"
 
     def prepare(self) -> None:

@@ -7,6 +7,7 @@ methods and nothing else. Base weights stay as they are; Δ is a buffer beside t
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,7 +46,7 @@ class AddedDelta(nn.Module):
         return output + F.linear(x, self.delta.to(x.dtype)) if self.active else output
 
 
-class Baseline:
+class Baseline(ABC):
     """A method that edits the same layers of the same model in the same batches.
 
     Args:
@@ -84,30 +85,18 @@ class Baseline:
         """The module that stands in for an edited layer's down-projection; has `delta` and `active`."""
         return AddedDelta(base_layer)
 
-    def prepare(self) -> None:
+    def prepare(self) -> None:  # noqa: B027 (most keep nothing)
         """Sets up what the method keeps between batches."""
 
+    @abstractmethod
     def edit(self, requests: Sequence[EditRequest]) -> None:
-        """Applies one batch: target values, then layer by layer, as MEMIT does."""
-        with frozen(self.model):
-            tokens = self.tokenise(requests)
-            values = self.target_values(tokens)
-            collector = self.collector(tokens)
-            for position in range(len(self.layers)):
-                readings = collector.read(position)
-                residual = (values - readings.outputs.to(values)) / (len(self.layers) - position)
-                directions = self.directions(position, readings.keys.double())
-                self.added[position].delta += (residual.double() @ directions.T).float()
-
-    def directions(self, position: int, keys: Tensor) -> Tensor:
-        """X [d, n] of Δ += R Xᵀ for keys K [d, n] fp64; updates what the method keeps of K."""
-        raise NotImplementedError
+        """Applies one batch."""
 
     def memory(self) -> dict[str, Tensor]:
         """What must be kept beside the deltas to go on."""
         return {}
 
-    def recall(self, tensors: dict[str, Tensor]) -> None:
+    def recall(self, tensors: dict[str, Tensor]) -> None:  # noqa: B027
         """Takes `memory()` back."""
 
     # ------------------------------------------------------------ steps of a batch
@@ -172,3 +161,22 @@ class Baseline:
 
 def _device(module: nn.Module) -> torch.device:
     return next(module.parameters()).device
+
+
+class LayerByLayer(Baseline):
+    """Target values first, then every layer takes its share of what is left, as MEMIT does."""
+
+    def edit(self, requests: Sequence[EditRequest]) -> None:
+        with frozen(self.model):
+            tokens = self.tokenise(requests)
+            values = self.target_values(tokens)
+            collector = self.collector(tokens)
+            for position in range(len(self.layers)):
+                readings = collector.read(position)
+                residual = (values - readings.outputs.to(values)) / (len(self.layers) - position)
+                directions = self.directions(position, readings.keys.double())
+                self.added[position].delta += (residual.double() @ directions.T).float()
+
+    @abstractmethod
+    def directions(self, position: int, keys: Tensor) -> Tensor:
+        """X [d, n] of Δ += R Xᵀ for keys K [d, n] fp64; updates what the method keeps of K."""

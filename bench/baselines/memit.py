@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 import torch
-from baselines.common import Baseline
+from baselines.common import LayerByLayer
 from torch import Tensor
 
 from coachhook_fast.config import default_update_weight
 
 
-class Memit(Baseline):
+class Memit(LayerByLayer):
     name = "memit"
 
     def prepare(self) -> None:
