@@ -102,7 +102,7 @@ class EditConfig:
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.layers is not None:
-            if not all(isinstance(layer, int) and layer >= 0 for layer in self.layers) or not self.layers:
+            if not self.layers or not all(type(layer) is int and layer >= 0 for layer in self.layers):
                 raise ValueError(f"layers must be one or more block numbers >= 0, got {self.layers}")
             if list(self.layers) != sorted(set(self.layers)):
                 raise ValueError(f"layers must be ascending without repeats, got {self.layers}")

@@ -114,7 +114,10 @@ class _MissingField(Exception):
 
 def _load(path: Path) -> list[Any]:
     """The raw records of a JSON list, a single JSON object or JSON lines."""
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # editors on Windows begin files with a mark
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
     try:
         whole = json.loads(text)
     except json.JSONDecodeError as error:

@@ -142,9 +142,12 @@ def tokenise_batch(
     """Checks a batch and tokenises it; nothing is changed before every request has passed.
 
     Raises:
+        TypeError: requests is no sequence of EditRequest.
         ValueError: the batch is empty, two requests repeat or contradict each other, a target has no tokens, or a
             row is longer than the model's context (`max_length`).
     """
+    if isinstance(requests, str) or not isinstance(requests, Sequence):
+        raise TypeError(f"requests must be a list of EditRequest, got {type(requests).__name__}: {requests!r}")
     if len(requests) == 0:
         raise ValueError("requests is empty: a batch needs at least one EditRequest")
     seen: dict[str, tuple[int, str]] = {}

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import time
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -194,7 +195,11 @@ class KeyAccumulator:
         """Continues from a checkpoint of the same run; the number of batches it holds, 0 where there is none."""
         if not path.is_file():
             return 0
-        tensors, metadata = _load(path)
+        try:
+            tensors, metadata = _load(path)
+        except ValueError as error:  # a disk that was full, or a copy that was cut off
+            warnings.warn(f"{error}; the pass begins anew", stacklevel=2)
+            return 0
         if metadata.get("run") != run:
             return 0
         slots = [(layer, part) for layer in self.layers for part in range(self.parts)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from coachhook_fast.config import EditConfig
@@ -51,7 +52,10 @@ def model_statistics(
     )
     path = cache_dir() / "statistics" / f"{run}.safetensors"
     if path.is_file():
-        return KeyStatistics.load(path)
+        try:
+            return KeyStatistics.load(path)
+        except ValueError as error:  # a disk that was full, or a copy that was cut off
+            warnings.warn(f"{error}; the statistics are collected anew", stacklevel=2)
     if documents is None:
         documents = list(sample_documents(partial.model, tokenizer, budget, seed=_SEED, length=min(128, length)))
     statistics = collect(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from coachhook_fast.distributed import ranks
@@ -39,7 +40,10 @@ class TargetCache:
         self.found: dict[int, Target] = {}
         self._alone = ranks()[1] == 1
         if self._alone and self.path.is_file():
-            tensors = load_file(self.path)
+            try:
+                tensors = load_file(self.path)
+            except SafetensorError:  # a disk that was full: the targets are found anew
+                return
             for name, value in tensors.items():
                 if name.startswith("value."):
                     loss, steps = tensors[f"run.{name[6:]}"].tolist()

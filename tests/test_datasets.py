@@ -231,6 +231,15 @@ def test_broken_files(tmp_path: Path, text: str, message: str) -> None:
         read_records(path)
 
 
+def test_a_byte_order_mark_is_no_text_and_other_bytes_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "facts.json"
+    path.write_text(json.dumps([EASYEDIT]), encoding="utf-8-sig")
+    assert len(read_records(path)) == 1
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match=r"facts.json is not UTF-8 text"):
+        read_records(path)
+
+
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         read_records(tmp_path / "nowhere.json")

@@ -368,6 +368,34 @@ def test_config_refuses_what_it_does_not_know(tmp_path: Path) -> None:
     assert EditConfig.from_yaml(file) == EditConfig(layers=(3, 4), v_lr=0.5, clamp_norm_factor=0.75)
 
 
+@pytest.mark.parametrize("layers", [(True,), (1.0,), ("1",), (), (-1,)])
+def test_config_refuses_what_is_no_layer(layers: Any) -> None:
+    with pytest.raises(ValueError, match="layers must be one or more block numbers"):
+        EditConfig(layers=layers)
+
+
+@pytest.mark.parametrize("requests", [None, EditRequest("{} is", "Ada", "x"), "Ada is", 3])
+def test_a_batch_is_a_list(requests: Any) -> None:
+    with pytest.raises(TypeError, match="requests must be a list of EditRequest, got"):
+        make().edit(requests)
+
+
+def test_damaged_cache_files_are_made_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("COACHHOOK_CACHE", str(tmp_path))
+    first = make()
+    monkeypatch.setattr("coachhook_fast.editor.TargetCache.discard", lambda self: None)
+    wanted = edit(first, facts(2))
+    cut = [path for path in tmp_path.rglob("*.safetensors") if path.parent.name in ("statistics", "targets")]
+    assert len(cut) == 2
+    for path in cut:
+        path.write_bytes(path.read_bytes()[:-100])
+    second = Editor(tiny_model("llama"), tiny_tokenizer(), CONFIG)
+    with pytest.warns(UserWarning, match="the statistics are collected anew"):
+        second.collect_statistics(tiny_texts(12), progress=False)
+    found = edit(second, facts(2))
+    assert_same([one.residuals for one in found.layers], [one.residuals for one in wanted.layers])
+
+
 def test_layouts_reach_every_block() -> None:
     layout = Layout("model.layers.{}", "model.layers.{}.mlp.down_proj")
     assert len(layout.blocks(tiny_model("llama"))) == 5

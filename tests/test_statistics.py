@@ -96,6 +96,10 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path: Path, monkeypatch: pytes
     for layer in LAYERS:
         assert torch.equal(resumed.moments[layer], whole.moments[layer])
         assert torch.equal(resumed.samples[layer], whole.samples[layer])
+    checkpoint.write_bytes(b"cut off")
+    with pytest.warns(UserWarning, match="the pass begins anew"):
+        again = collect(partial, documents(), LAYERS, checkpoint=checkpoint, run="r", **options)
+    assert torch.equal(again.moments[LAYERS[0]], whole.moments[LAYERS[0]])
 
 
 def test_enough_keys_end_the_pass_and_the_estimate_is_right() -> None:
