@@ -67,7 +67,10 @@ def insertion(C: Tensor, K: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass
 class Settings:
-    """The numbers of a run. `gate` is "sequence" or "calibrated"; `rule` is "zscore" or "fpr"."""
+    """The numbers of a run. `gate` is "sequence" or "calibrated"; `rule` is "zscore", "fpr" or "own_keys".
+
+    Where `v_lr` is None, a request's rate is the share `v_share` of ‖v0‖, spread over m coordinates.
+    """
 
     layers: Sequence[int]
     update_weight: float  # λ
@@ -76,7 +79,9 @@ class Settings:
     rule: str = "zscore"
     threshold_z: float = 4.0
     threshold_fpr: float = 1e-2
-    v_lr: float = 0.5
+    threshold_own: float = 0.7
+    v_lr: float | None = 0.5
+    v_share: float = 0.35
     steps: int = 20
     loss_threshold: float = 0.05
     weight_decay: float = 0.5
@@ -84,6 +89,7 @@ class Settings:
     kl_factor: float = 0.0625
     continuation_factor: float = 0.0
     seeds: Sequence[str] = ("The", "Therefore", "Because", "I", "You")
+    templates: Sequence[str] = ()
     context_tokens: int = 10
 
 
@@ -132,6 +138,7 @@ class PlainCoachHook:
         self.thresholds = [settings.alpha if settings.gate == "sequence" else math.inf] * len(self.places)
         self.contexts = [self._continue(seed) for seed in settings.seeds]
         self.corpus_keys = self._corpus_keys(sequences)
+        self.own_keys: list[list[Tensor]] = [[] for _ in self.places]  # of every edit so far, [d] each
         self.C = [settings.update_weight * (keys.T @ keys) / len(keys) for keys in self.corpus_keys]
 
     # ---------------------------------------------------------------- the model
@@ -227,12 +234,13 @@ class PlainCoachHook:
         raise AssertionError(f"{text!r} has fewer than {wanted} bytes of tokens")
 
     def rows(self, fact: dict[str, Any]) -> list[tuple[list[int], list[int], int]]:
-        """(prompt ids, target ids, lookup index) under the five contexts and, last, bare."""
-        before, after = fact["prompt"].split("{}")
+        """(prompt ids, target ids, lookup index) under the contexts, in the templates and, last, bare."""
+        prompts = [f"{context}. {fact['prompt']}" for context in self.contexts]
         rows = []
-        for prefix in [context + ". " for context in self.contexts] + [""]:
-            text = prefix + before + fact["subject"] + after
-            lookup = self.lookup(text, len(prefix + before + fact["subject"]))
+        for prompt in [*prompts, *self.settings.templates, fact["prompt"]]:
+            before, after = prompt.split("{}")
+            text = before + fact["subject"] + after
+            lookup = self.lookup(text, len(before + fact["subject"]))
             rows.append((*self.encode(text, fact["target_new"]), lookup))
         return rows
 
@@ -252,7 +260,8 @@ class PlainCoachHook:
             following0 = self.run(bare_ids + bare_target, VALIDATED).logits[-1].log_softmax(-1)
 
         delta = torch.zeros_like(v0, requires_grad=True)
-        optimiser = torch.optim.Adam([delta], lr=settings.v_lr)
+        rate = settings.v_lr or settings.v_share * v0.norm().item() / math.sqrt(len(v0))
+        optimiser = torch.optim.Adam([delta], lr=rate)
         taken = 0
         for _ in range(settings.steps):
             nll = torch.zeros((), dtype=v0.dtype)
@@ -301,6 +310,7 @@ class PlainCoachHook:
             X, s = insertion(self.C[i], K)
             self.Wh[i] = self.Wh[i] + R @ X.T
             self.C[i] = self.C[i] + K @ K.T
+            self.own_keys[i] += list(K.T)
             if self.settings.gate == "calibrated":
                 self.thresholds[i] = self.calibrated_threshold(i)
             batch.K.append(K), batch.R.append(R), batch.X.append(X), batch.s.append(s)
@@ -312,12 +322,21 @@ class PlainCoachHook:
         return batch
 
     def calibrated_threshold(self, i: int) -> float:
-        """τ: mean + z·std of ‖Δk‖ over the corpus keys, or the value that `threshold_fpr` of them reach."""
-        norms = (self.corpus_keys[i] @ (self.Wh[i] - self.W0[i]).T).norm(dim=-1)
-        if self.settings.rule == "fpr":
-            passing = max(1, round(self.settings.threshold_fpr * len(norms)))
-            return float(sorted(norms.tolist())[-passing])
-        return float(norms.mean() + self.settings.threshold_z * norms.std())
+        """τ: mean + z·std of ‖Δk‖ over the corpus keys, or the value that `threshold_fpr` of them reach, or, between
+        that and twice as many std, the share `threshold_own` of the way from the mean to the own keys' 5 % quantile."""
+        settings, delta = self.settings, self.Wh[i] - self.W0[i]
+        norms = (self.corpus_keys[i] @ delta.T).norm(dim=-1)
+        mean, std = float(norms.mean()), float(norms.std())
+        if settings.rule == "zscore":
+            return mean + settings.threshold_z * std
+        passed = sorted(norms.tolist())[-max(1, round(settings.threshold_fpr * len(norms)))]
+        if settings.rule == "fpr":
+            return float(passed)
+        own = sorted(float((delta @ key).norm()) for key in self.own_keys[i])
+        place = 0.05 * (len(own) - 1)
+        low = own[int(place)] + (place - int(place)) * (own[min(int(place) + 1, len(own) - 1)] - own[int(place)])
+        wished = mean + settings.threshold_own * (low - mean)
+        return max(float(passed), min(wished, mean + 2 * settings.threshold_z * std))
 
     @torch.no_grad()
     def lowest_peak(self, i: int, facts: Sequence[dict[str, Any]]) -> float:
