@@ -1,7 +1,8 @@
 """Where each model family keeps its blocks and its FFN down-projection.
 
-A layout is three path templates. Families whose FFN output passes a norm before it joins the residual stream (Gemma 2
-and 3) also name that norm: a wished change of the block's output must be carried back through it.
+A layout is path templates. Families whose FFN output passes a norm before it joins the residual stream (Gemma 2 and 3)
+also name that norm: a wished change of the block's output must be carried back through it. Known families name the FFN
+too: theirs treat every token by itself, which cannot be said of every model.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ class Layout:
 
     layer_module_tmp: str
     rewrite_module_tmp: str
+    ffn_tmp: str | None = None
     post_norm_tmp: str | None = None
 
     def block(self, model: nn.Module, index: int) -> nn.Module:
@@ -25,6 +27,12 @@ class Layout:
 
     def down_projection(self, model: nn.Module, index: int) -> nn.Module:
         return model.get_submodule(self.rewrite_module_tmp.format(index))
+
+    def ffns(self, model: nn.Module) -> list[nn.Module]:
+        """The FFN of every block, where it is known to treat every token by itself; else none."""
+        if self.ffn_tmp is None:
+            return []
+        return [model.get_submodule(self.ffn_tmp.format(index)) for index in range(len(self.blocks(model)))]
 
     def post_norm(self, model: nn.Module, index: int) -> nn.Module | None:
         return None if self.post_norm_tmp is None else model.get_submodule(self.post_norm_tmp.format(index))
@@ -35,14 +43,20 @@ class Layout:
         return list(container.children())
 
 
-_GPT2 = Layout("transformer.h.{}", "transformer.h.{}.mlp.c_proj")
-_LLAMA = Layout("model.layers.{}", "model.layers.{}.mlp.down_proj")
-_GEMMA = Layout("model.layers.{}", "model.layers.{}.mlp.down_proj", "model.layers.{}.post_feedforward_layernorm")
+def _family(blocks: str, down_projection: str, post_norm: str | None = None) -> Layout:
+    """A known family, whose FFNs are the modules `mlp` of its blocks."""
+    block = f"{blocks}.{{}}"
+    norm = None if post_norm is None else f"{block}.{post_norm}"
+    return Layout(block, f"{block}.mlp.{down_projection}", f"{block}.mlp", norm)
+
+
+_LLAMA = _family("model.layers", "down_proj")
+_GEMMA = _family("model.layers", "down_proj", "post_feedforward_layernorm")
 
 LAYOUTS: dict[str, Layout] = {
-    "gpt2": _GPT2,
-    "gptj": Layout("transformer.h.{}", "transformer.h.{}.mlp.fc_out"),
-    "gpt_neox": Layout("gpt_neox.layers.{}", "gpt_neox.layers.{}.mlp.dense_4h_to_h"),
+    "gpt2": _family("transformer.h", "c_proj"),
+    "gptj": _family("transformer.h", "fc_out"),
+    "gpt_neox": _family("gpt_neox.layers", "dense_4h_to_h"),
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
@@ -50,11 +64,7 @@ LAYOUTS: dict[str, Layout] = {
     "phi3": _LLAMA,
     "gemma2": _GEMMA,
     "gemma3_text": _GEMMA,
-    "gemma3": Layout(
-        "model.language_model.layers.{}",
-        "model.language_model.layers.{}.mlp.down_proj",
-        "model.language_model.layers.{}.post_feedforward_layernorm",
-    ),
+    "gemma3": _family("model.language_model.layers", "down_proj", "post_feedforward_layernorm"),
 }
 
 
@@ -82,7 +92,8 @@ def layout_of(
             if value is None or value.count("{}") != 1:
                 raise ValueError(f"{name} must be a module path with one '{{}}' for the block number, got {value!r}")
         known = LAYOUTS.get(model_type)
-        layout = Layout(str(layer_module_tmp), str(rewrite_module_tmp), known.post_norm_tmp if known else None)
+        post_norm = known.post_norm_tmp if known else None
+        layout = Layout(str(layer_module_tmp), str(rewrite_module_tmp), post_norm_tmp=post_norm)
     for name, template in (
         ("layer_module_tmp", layout.layer_module_tmp),
         ("rewrite_module_tmp", layout.rewrite_module_tmp),

@@ -1,13 +1,14 @@
 """Runs parts of a model: padded rows in, block outputs and keys out.
 
-Two savings that need no knowledge of a family's attention, masks or rotary embeddings, because the model's own code
-still runs around them: blocks whose output is known are skipped (`resume`), and a pass ends once the last wanted block
-has spoken (`run(until=...)`).
+Savings that need no knowledge of a family's attention, masks or rotary embeddings, because the model's own code still
+runs around them: blocks whose output is known are skipped (`resume`), a pass ends once the last wanted block has spoken
+(`run(until=...)`), logits are computed where they are read (`gathered_logits`), and FFNs, most of a model's work, see
+no padding (`unpadded_ffns`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -141,6 +142,16 @@ class PartialModel:
         with _removing(handle):
             yield
 
+    @contextmanager
+    def unpadded_ffns(self, mask: Tensor) -> Iterator[None]:
+        """Within it the FFNs of known families compute only the tokens of `mask` [N, T], and answer 0 for others."""
+        places = mask.flatten().nonzero()[:, 0]
+        with ExitStack() as stack:
+            if places.numel() < mask.numel():
+                for ffn in self.layout.ffns(self.model):
+                    stack.enter_context(_replaced_forward(ffn, _over(places, ffn.forward)))
+            yield
+
     def _keep_output(self, index: int, recorded: Recorded) -> Any:
         def keep(_: nn.Module, args: Any, output: Any) -> None:
             self._answers_tuple = isinstance(output, tuple)
@@ -151,18 +162,23 @@ class PartialModel:
     @contextmanager
     def _resumed(self, last: int, output: Tensor) -> Iterator[None]:
         """Blocks 0..last are passed over, and block `last` answers `output`."""
-        replaced: list[tuple[nn.Module, Any]] = []
-        try:
+        with ExitStack() as stack:
             for index, block in enumerate(self.blocks[: last + 1]):
-                replaced.append((block, block.__dict__.get("forward")))
                 answer = output if index == last else None
-                block.__dict__["forward"] = _answering(answer, self._answers_tuple)
+                stack.enter_context(_replaced_forward(block, _answering(answer, self._answers_tuple)))
             yield
-        finally:
-            for block, own in replaced:  # accelerate keeps its own `forward` on the instance: give that back
-                del block.__dict__["forward"]
-                if own is not None:
-                    block.__dict__["forward"] = own
+
+
+@contextmanager
+def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    own = module.__dict__.get("forward")  # accelerate keeps its own `forward` on the instance: give that back
+    module.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        del module.__dict__["forward"]
+        if own is not None:
+            module.__dict__["forward"] = own
 
 
 def _keep_input(module: nn.Module, index: int, kept: dict[int, Tensor]) -> Any:
@@ -178,6 +194,18 @@ def _answering(output: Tensor | None, as_tuple: bool) -> Any:
         return (answer,) if as_tuple else answer
 
     return forward
+
+
+def _over(places: Tensor, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`forward` of the hidden states [N, T, m] at the flat `places` alone."""
+
+    def gathered(hidden: Tensor) -> Tensor:
+        flat = hidden.flatten(0, 1)
+        here = places.to(flat.device)  # a model may stand on several devices
+        found = forward(flat[here][None])[0]
+        return found.new_zeros(flat.shape[0], found.shape[-1]).index_copy(0, here, found).unflatten(0, hidden.shape[:2])
+
+    return gathered
 
 
 def _stop(*_: Any) -> None:

@@ -184,7 +184,8 @@ class _Problem:
             [rows.request * rows.rows_each + rows.row, rows.fixed_request * rows.rows_each + rows.fixed_row]
         )
         at_columns = torch.cat([rows.column, rows.fixed_column])
-        with self.partial.gathered_logits(at_rows, at_columns):
+        real = rows.tokens.attention_mask[:, rows.tokens.lookup :]
+        with self.partial.gathered_logits(at_rows, at_columns), self.partial.unpadded_ffns(real):
             result, _ = self.partial.run(
                 rows.tokens.columns(rows.tokens.lookup),
                 resume=(self.last, hidden),

@@ -54,6 +54,37 @@ def test_gathered_logits_are_those_positions() -> None:
     assert partial.model(**batch.columns(0)).logits.shape == whole.shape  # the hook is gone
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_ffns_without_padding_change_no_real_token(family: str) -> None:
+    partial, batch = setup(family)
+    real = batch.attention_mask
+    seen: list[int] = []
+    handle = partial.layout.down_projection(partial.model, 1).register_forward_pre_hook(
+        lambda _, args: seen.append(args[0].flatten(0, -2).shape[0])
+    )
+    whole = partial.model(**batch.columns(0)).logits
+    with partial.unpadded_ffns(real):
+        result, _ = partial.run(batch.columns(0))
+    partial.model(**batch.columns(0))
+    handle.remove()
+    torch.testing.assert_close(result.logits[real == 1], whole[real == 1], rtol=1e-4, atol=1e-5)
+    assert seen == [real.numel(), int(real.sum()), real.numel()]  # before, within and after
+    assert int(real.sum()) < real.numel()
+
+
+@torch.no_grad()
+def test_ffns_of_unknown_families_keep_their_padding() -> None:
+    """They may look at other tokens, so nothing is taken out of their sight."""
+    model = tiny_model("llama", dtype=torch.float32)
+    names = {"layer_module_tmp": "model.layers.{}", "rewrite_module_tmp": "model.layers.{}.mlp.down_proj"}
+    partial, batch = PartialModel(model, layout_of(model, **names)), setup("llama")[1]
+    whole = model(**batch.columns(0)).logits
+    with partial.unpadded_ffns(batch.attention_mask):
+        result, _ = partial.run(batch.columns(0))
+    torch.testing.assert_close(result.logits, whole, rtol=0, atol=0)
+
+
 def test_an_error_inside_leaves_no_trace() -> None:
     partial, batch = setup("gptj")
     before = partial.model(**batch.columns(0)).logits
