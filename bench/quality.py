@@ -44,6 +44,7 @@ COLUMNS = (
     "method", "gate", "edits", "batch_size", "reliability", "generality", "locality", "generation",
     "perplexity_ratio", "seconds_per_edit", "harmonic_mean", "drift",
 )  # fmt: skip
+QUANTILES = {"min": 0.0, "05": 0.05, "50": 0.5, "95": 0.95, "999": 0.999, "max": 1.0}
 ROME = ("generation_rephrase", "efficacy", "paraphrase", "neighbourhood", "rome_score")
 
 
@@ -67,9 +68,12 @@ class Ours:
         self.editor = Editor(model, tokenizer, config)
 
     def edit(self, requests: Sequence[EditRequest]) -> None:
-        if not self.editor.memories:
+        self._with_statistics().edit(requests, progress=False)
+
+    def _with_statistics(self) -> Editor:
+        if self.editor.statistics is None:
             self.editor.collect_statistics(self.corpus, progress=False)
-        self.editor.edit(requests, progress=False)
+        return self.editor
 
     def save(self, folder: Path) -> None:
         self.editor.save_pretrained(folder)
@@ -80,6 +84,29 @@ class Ours:
 
     def unload(self) -> None:
         self.editor.unload()
+
+    def separation(self) -> list[dict[str, float]]:
+        """How far the edits' own keys stand from ordinary text in each layer: z of ‖Δk‖ against the sample of corpus
+        keys; and what share of that sample the `calibrated` gate lets through."""
+        editor = self._with_statistics()
+        assert editor.statistics is not None
+        edits, figures = editor.edit_set, []
+        for position, layer in enumerate(edits.layers):
+            ordinary = edits.deltas[position].norms(editor.statistics.samples[layer])
+            keys = torch.cat([batch.layers[position].keys for batch in edits.batches], dim=1)
+            mean, std = ordinary.mean(), ordinary.std()
+            own = (edits.deltas[position].norms(keys.T.to(ordinary)) - mean) / std
+            z = (ordinary - mean) / std
+            found = {f"own_z_{name}": float(own.quantile(share)) for name, share in QUANTILES.items()}
+            found |= {f"ordinary_z_{name}": float(z.quantile(share)) for name, share in QUANTILES.items()}
+            if edits.config.gate == "calibrated":
+                tau = edits.thresholds[position].value
+                found |= {
+                    "threshold_z": float((tau - mean) / std),
+                    "fire_rate": float((ordinary >= tau).double().mean()),
+                }
+            figures.append(found)
+        return figures
 
 
 @dataclass(frozen=True)
@@ -161,6 +188,8 @@ def run(method: Method, plan: Plan, on_row: Callable[[dict[str, Any]], None]) ->
         for count in missing:
             seconds = _edit_up_to(count, runner, plan, states, method.title)
             row = _evaluate(method, model, tokenizer, plan, count, bases[count])
+            if isinstance(runner, Ours):
+                row["layers"] = [a | b for a, b in zip(row["layers"], runner.separation(), strict=True)]
             on_row(rows.add(count, row | {"seconds_per_edit": round(seconds / count, 3)}))
     finally:
         runner.unload()

@@ -134,6 +134,22 @@ def test_the_command_writes_every_form(home: Path, tmp_path: Path) -> None:
     assert (tmp_path / "table.md").read_text().count("\n") == 4
 
 
+def test_rows_say_how_far_edits_stand_from_ordinary_text(home: Path, tmp_path: Path) -> None:
+    rows = rows_of(METHODS["coachhook-fast/calibrated"], plan(home, tmp_path))
+    for layer in (layer for row in rows for layer in row["layers"]):
+        assert layer["own_z_min"] <= layer["own_z_05"] <= layer["own_z_max"]
+        # 64 keys: z = 1 lets some ordinary ones through, and counts those at or above it.
+        assert layer["threshold_z"] == pytest.approx(1.0, abs=1e-4)
+        assert layer["ordinary_z_50"] < 1.0 < layer["ordinary_z_max"]
+        assert 1 / 64 <= layer["fire_rate"] < 0.5
+        assert layer["fire_rate"] * 64 == pytest.approx(round(layer["fire_rate"] * 64))
+    pytest.importorskip("matplotlib")
+    draw = importlib.import_module("quality_figures").draw
+    draw(rows, tmp_path / "table.png")
+    assert (tmp_path / "table.png").stat().st_size > 10_000
+    assert (tmp_path / "table-gate.png").stat().st_size > 10_000
+
+
 @pytest.mark.parametrize("title", ["memit/none", "alphaedit/none", "finetune/none", "published/published"])
 def test_a_baseline_edits_and_gives_the_model_back(home: Path, title: str) -> None:
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()

@@ -36,7 +36,10 @@ def corpus() -> Any:
 
 
 def gemm_rate(rows: int = 1024, inner: int = 576, columns: int = 1536) -> float:
-    """Measured flops a second of an fp32 product of a block's shape: the rate of the floor."""
+    """Measured flops a second of an fp32 product of a block's shape: the rate of the floor.
+
+    Machines are noisy: of several moments, the one with the highest rate says what the machine can do.
+    """
     a, b = torch.randn(rows, inner), torch.randn(inner, columns)
     taken = []
     for _ in range(12):
