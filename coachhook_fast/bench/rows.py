@@ -64,11 +64,13 @@ def once(work: Callable[[], Any]) -> float:
 
 
 def in_turns(candidates: Sequence[Callable[[], Any]], turns: int) -> list[list[float]]:
-    """Seconds of each candidate's calls, taken in turns, so that what else the machine does slows all alike."""
+    """Seconds of each candidate's calls, taken in turns, so that what else the machine does slows all alike; every turn
+    begins with another one."""
     taken: list[list[float]] = [[] for _ in candidates]
-    for _ in range(turns):
-        for index, candidate in enumerate(candidates):
-            taken[index].append(once(candidate))
+    for turn in range(turns):
+        for place in range(len(candidates)):
+            index = (turn + place) % len(candidates)
+            taken[index].append(once(candidates[index]))
     return taken
 
 
