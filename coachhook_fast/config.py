@@ -101,6 +101,9 @@ class EditConfig:
         for name in ("layers", "context_seeds", "subject_templates"):  # lists come from YAML and JSON
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
+            value = getattr(self, name)
+            if not isinstance(value, tuple) and not (name == "layers" and value is None):
+                raise TypeError(f"{name} must be a list, got {value!r}")
         if self.layers is not None:
             if not self.layers or not all(type(layer) is int and layer >= 0 for layer in self.layers):
                 raise ValueError(f"layers must be one or more block numbers >= 0, got {self.layers}")
@@ -146,16 +149,21 @@ class EditConfig:
     @classmethod
     def from_yaml(cls, path: str | Path) -> EditConfig:
         """Reads a YAML file, our own or one of EasyEdit's hparams (its keys without meaning here are passed over)."""
-        values = yaml.safe_load(Path(path).read_text())
-        if not isinstance(values, dict):
-            raise ValueError(f"{path} must hold a mapping of settings, got {type(values).__name__}")
-        return cls.from_dict({key: value for key, value in values.items() if key not in _EASYEDIT_ONLY})
+        return cls.from_dict(read_yaml(path))
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
     def replace(self, **changes: Any) -> EditConfig:
         return dataclasses.replace(self, **changes)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The settings that a YAML file names, less those of EasyEdit's that have no meaning here."""
+    values = yaml.safe_load(Path(path).read_text())
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a mapping of settings, got {type(values).__name__}")
+    return {key: value for key, value in values.items() if key not in _EASYEDIT_ONLY}
 
 
 def default_layers(num_layers: int) -> tuple[int, ...]:

@@ -59,7 +59,8 @@ class Batch:
     """A ledger line: one committed batch.
 
     Attributes:
-        layers: what it did to each edited layer; thresholds: each layer's threshold after it.
+        layers: what it did to each edited layer; thresholds: each layer's threshold after it, () where an earlier batch
+            has been rolled back since.
     """
 
     id: str
@@ -136,9 +137,9 @@ def without(edit_set: EditSet, batch_id: str, calibrate: Callable[[int, LowRankD
     Raises:
         ValueError: no such batch.
     """
-    edit_set.find(batch_id)
-    rest = tuple(batch for batch in edit_set.batches if batch.id != batch_id)
-    is_last = edit_set.batches[-1].id == batch_id
+    place = edit_set.batches.index(edit_set.find(batch_id))
+    rest = (*edit_set.batches[:place], *edit_set.batches[place + 1 :])
+    known = rest[-1].thresholds if rest and place == len(rest) else ()
     deltas, thresholds = [], []
     for position, delta in enumerate(edit_set.deltas):
         replayed = LowRankDelta.zeros(delta.out_features, delta.in_features, dtype=delta.dtype, device=delta.device)
@@ -150,11 +151,15 @@ def without(edit_set: EditSet, batch_id: str, calibrate: Callable[[int, LowRankD
             thresholds.append(Threshold(min([edit_set.config.alpha, *alphas])))
         elif not rest:
             thresholds.append(Threshold(math.inf))
-        elif is_last:
-            thresholds.append(rest[-1].thresholds[position])
+        elif known:
+            thresholds.append(known[position])
         else:
             own = torch.cat([batch.layers[position].keys for batch in rest], dim=1)
             thresholds.append(calibrate(position, replayed, own))
+    # The thresholds after later batches were found with the batch among the edits: only the last ones are known anew.
+    rest = (*rest[:place], *(replace(batch, thresholds=()) for batch in rest[place:]))
+    if rest:
+        rest = (*rest[:-1], replace(rest[-1], thresholds=tuple(thresholds)))
     return replace(edit_set, deltas=tuple(deltas), thresholds=tuple(thresholds), batches=rest)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -181,8 +181,9 @@ class Editor:
             track("editing", len(tokens), "edit", progress) as bar,
         ):
             pad_id, limit = self._pad_id, self.config.max_batch_tokens
-            with self.disabled():
-                tokens = away_from_sinks(self.partial, self.layers[-1], tokens, pad_id=pad_id, max_tokens=limit)
+            self._handle.disable()
+            tokens = away_from_sinks(self.partial, self.layers[-1], tokens, pad_id=pad_id, max_tokens=limit)
+            self._handle.enable()  # a new edit goes on top of all earlier ones, whoever has switched them off
             v0 = self._bare_outputs(tokens)
             cache = TargetCache(self.edit_set, tokens)
             bar.advance(len(cache.found), "found before")
@@ -230,20 +231,24 @@ class Editor:
     def _commit(self, edited: EditSet) -> None:
         """The point of no return: memories, hooks and edit set change together."""
         batch = edited.batches[-1]
-        with deferred():
+        with deferred(), ExitStack() as undo:
             for memory, update in zip(self.memories, batch.layers, strict=True):
                 memory.update(update.keys)
-            self.edit_set = edited
+                undo.callback(memory.downdate, update.keys)
             self._handle.publish(edited)
+            self.edit_set = edited
+            undo.pop_all()
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
+        modes = self._handle.modes
         try:
             yield
         finally:
             # After a commit this publishes what is published already; after a failure, the set from before.
+            self._handle.forget_pass()
             self._handle.publish(self.edit_set)
-            self._handle.enable()
+            self._handle.set_modes(modes)
 
     # ---------------------------------------------------------------- undo, save, switches
 
@@ -255,18 +260,13 @@ class Editor:
         """
         batch = self.edit_set.find(batch_id)
         rest = without(self.edit_set, batch_id, self._threshold)
-        with deferred():
-            removed: list[tuple[KeyMemory, Tensor]] = []
-            try:
-                for memory, update in zip(self.memories, batch.layers, strict=bool(self.memories)):
-                    memory.downdate(update.keys)
-                    removed.append((memory, update.keys))
-            except BaseException:
-                for memory, keys in removed:
-                    memory.update(keys)
-                raise
-            self.edit_set = rest
+        with deferred(), ExitStack() as undo:
+            for memory, update in zip(self.memories, batch.layers, strict=bool(self.memories)):
+                memory.downdate(update.keys)
+                undo.callback(memory.update, update.keys)
             self._handle.publish(rest)
+            self.edit_set = rest
+            undo.pop_all()
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes the edit set (safetensors + JSON); see `store.save`."""

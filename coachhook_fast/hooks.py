@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -49,6 +50,8 @@ class Hooks:
         for layer, hook in zip(self.layers, self.hooks, strict=True):
             self._place(layer, hook)
         self.edit_set: EditSet | None = None
+        self._disabled = 0  # `disabled()` blocks under way, of all threads
+        self._modes_before: list[str] = []
         setattr(model, ATTRIBUTE, self)
 
     def publish(self, edit_set: EditSet) -> None:
@@ -90,6 +93,11 @@ class Hooks:
         if self.edit_set is not None:
             self.publish(self.edit_set)
 
+    @property
+    def modes(self) -> list[str]:
+        """Mode of each hook as published."""
+        return [entry.mode for entry in self._versions.published()]
+
     def set_modes(self, modes: Sequence[str]) -> None:
         """Mode of each hook: "off", "gated" or "always" (the temporary hook of an update)."""
         for mode in modes:
@@ -108,12 +116,18 @@ class Hooks:
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """The base model, bit for bit, within the `with` block; for all threads."""
-        modes = [entry.mode for entry in self._versions.published()]
-        try:
+        with self._versions.switch:
+            if self._disabled == 0:
+                self._modes_before = self.modes
+            self._disabled += 1
             self.disable()
+        try:
             yield
         finally:
-            self.set_modes(modes)
+            with self._versions.switch:
+                self._disabled -= 1
+                if self._disabled == 0:  # blocks of several threads may overlap: the last one out switches on
+                    self.set_modes(self._modes_before)
 
     def unload(self) -> nn.Module:
         """Takes the hooks out and returns the untouched model."""
@@ -126,8 +140,12 @@ class Hooks:
         delattr(self.model, ATTRIBUTE)
         return self.model
 
-    def _begin_pass(self, *_: Any) -> None:
-        self._versions.pin()
+    def forget_pass(self) -> None:
+        """For callers outside any forward pass of this thread: what a pass that Ctrl-C ended had pinned is let go."""
+        self._versions.forget_pass()
+
+    def _begin_pass(self, model: nn.Module, _: Any) -> None:
+        self._versions.pin(lambda: _passes_under_way(model) - 1)
 
     def _end_pass(self, *_: Any) -> None:
         self._versions.unpin()
@@ -135,6 +153,16 @@ class Hooks:
     def _place(self, layer: int, module: nn.Module) -> None:
         parent, _, name = self.layout.rewrite_module_tmp.format(layer).rpartition(".")
         setattr(self.model.get_submodule(parent), name, module)
+
+
+def _passes_under_way(model: nn.Module) -> int:
+    """How many calls of `model` are on this thread's stack, the one that asks included."""
+    count, frame = 0, inspect.currentframe()
+    while frame is not None:
+        if frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals.get("self") is model:
+            count += 1
+        frame = frame.f_back
+    return count
 
 
 def twin(model: nn.Module) -> nn.Module:

@@ -134,6 +134,9 @@ class HookLinear(nn.Module):
         empty = LowRankDelta.zeros(self.out_features, self.in_features, dtype=dtype, device=device)
         self._versions = Versions([Served(self._make_state(empty, math.inf, None), "gated")])
         self._position = 0
+        # Checkpoints of an edited model are those of its base: the edits are saved as an edit set.
+        self.register_state_dict_post_hook(_save_as_base)
+        self.register_load_state_dict_pre_hook(_load_as_base)
 
     # ---------------------------------------------------------------- the edit set
 
@@ -321,6 +324,19 @@ def check_mode(mode: str) -> None:
     """ValueError unless `mode` is one of MODES."""
     if mode not in MODES:
         raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
+
+
+def _save_as_base(_: nn.Module, tensors: dict[str, Any], prefix: str, __: Any) -> None:
+    inner = f"{prefix}base_layer."
+    for name in [name for name in tensors if name.startswith(inner)]:
+        tensors[prefix + name.removeprefix(inner)] = tensors.pop(name)
+
+
+def _load_as_base(module: nn.Module, tensors: dict[str, Any], prefix: str, *_: Any) -> None:
+    base: Any = module.base_layer
+    for name in base.state_dict():
+        if prefix + name in tensors:
+            tensors[f"{prefix}base_layer.{name}"] = tensors.pop(prefix + name)
 
 
 def _is_conv1d(base: nn.Module) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import time
 import warnings
 from collections.abc import Iterable, Sequence
@@ -239,8 +240,8 @@ def collect(
         tolerance: end before the documents do, once the estimated relative error of C⁻¹k is below it (looked at
             whenever the keys have grown by half); it takes a second set of sums.
         checkpoint: file for partial sums, written about every `checkpoint_seconds` and removed at the end; a run with
-            the same `run` name continues from it and ends with the same bits. Under torch.distributed each rank takes
-            every world-size-th batch and keeps a checkpoint of its own.
+            the same `run` name and as many rows a pass continues from it and ends with the same bits. Under
+            torch.distributed each rank takes every world-size-th batch and keeps a checkpoint of its own.
         progress: show a bar on stderr.
 
     Raises:
@@ -251,9 +252,10 @@ def collect(
         raise ValueError(f"tolerance {tolerance} needs a single process, there are {world} ranks: give a token budget")
     if checkpoint is not None and world > 1:
         checkpoint = checkpoint.with_suffix(f".{rank}of{world}")
+    rows_a_batch = max(1, batch_tokens // sequence_length)
+    run = f"{run} {rows_a_batch}"  # a checkpoint counts batches
     accumulator = KeyAccumulator(layers, sample_size, parts=1 if tolerance is None else 2)
     done = accumulator.restore(checkpoint, run, partial.device) if checkpoint is not None else 0
-    rows_a_batch = max(1, batch_tokens // sequence_length)
     rows = pack_rows(documents, begin, sequence_length)
     saved = time.monotonic()
     with frozen(partial.model), track("key statistics", total_tokens, "tok", progress) as bar:
@@ -307,7 +309,7 @@ def _keys(partial: PartialModel, rows: list[tuple[Tensor, Tensor]], layers: Sequ
 
 def _save_atomically(tensors: dict[str, Tensor], metadata: dict[str, str], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.with_name(path.name + ".tmp")
+    staging = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     save_file({name: tensor.cpu() for name, tensor in tensors.items()}, staging, metadata=metadata)
     staging.replace(path)
 

@@ -40,6 +40,7 @@ def model_statistics(
     assert config.layers is not None
     # A budget in tokens, cut to rows of a fixed length: a long context cannot blow it up.
     length = min(config.stats_sequence_length, context_length(partial.model) or config.stats_sequence_length)
+    begin = begin_tokens(tokenizer)
     documents = None if corpus is None else read_documents(corpus, tokenizer, budget)
     run = run_name(
         model=model_id,
@@ -49,6 +50,8 @@ def model_statistics(
         tolerance=config.mom2_tolerance,
         length=length,
         keys=config.threshold_keys,
+        begin=begin,
+        modules=config.rewrite_module_tmp,
     )
     path = cache_dir() / "statistics" / f"{run}.safetensors"
     if path.is_file():
@@ -63,7 +66,7 @@ def model_statistics(
         documents,
         config.layers,
         model_id=model_id,
-        begin=begin_tokens(tokenizer),
+        begin=begin,
         sequence_length=length,
         batch_tokens=config.max_batch_tokens,
         sample_size=config.threshold_keys,

@@ -17,6 +17,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -40,6 +41,7 @@ from coachhook_fast.request import EditRequest
 FORMAT = 1
 MANIFEST = "edit_set.json"
 LOCK = ".lock"
+_OURS = re.compile(r"(weights|batch)-[0-9a-f]{16}(\.safetensors|\.\d+\.tmp)|edit_set\.json\.\d+\.tmp")
 _FIELDS = {"format", "model", "config", "contexts", "thresholds", "weights", "batches"}
 _BATCH_FIELDS = {"id", "parent", "time", "seconds", "metrics", "alphas", "thresholds", "outcomes", "tensors"}
 
@@ -150,7 +152,8 @@ def check_base(edit_set: EditSet, model_id: str) -> None:
     if edit_set.model != model_id:
         raise ValueError(
             f"edits belong to another base model: they were made for fingerprint {edit_set.model}, "
-            f"this model's is {model_id}"
+            f"this model's is {model_id} (a copy of the right model in fp16, or a quantised one, differs in its last "
+            "digits: load_edits(..., check=False))"
         )
 
 
@@ -214,9 +217,9 @@ def load_edits(model: nn.Module, folder: str | Path, *, check: bool = True) -> n
     """Installs the edit set of `folder` into `model` and returns it; see `model.coachhook` for its switches.
 
     Args:
-        model: the base model, in any floating dtype.
+        model: the base model, in the dtype it was edited in, or in fp32 or bf16.
         folder: of a saved edit set, or the name of a repository on the Hugging Face hub.
-        check: compare the base model's fingerprint; switch it off for quantised copies of the right model only.
+        check: compare the base model's fingerprint; switch it off for quantised or fp16 copies of the right model only.
 
     Raises:
         ValueError: the folder holds no edit set, or one of another base model; the model is unchanged then.
@@ -375,8 +378,9 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _sweep(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Removes tensor files that the committed version does not name, and leftovers of killed writers."""
+    """Removes tensor files that the committed version does not name, and leftovers of killed writers; of other files,
+    for edits may lie in a model's folder, none."""
     named = {manifest["weights"]["file"], *(line["tensors"]["file"] for line in manifest["batches"])}
-    for path in [*folder.glob("*.safetensors"), *folder.glob("*.tmp")]:
-        if path.name not in named:
+    for path in folder.iterdir():
+        if _OURS.fullmatch(path.name) and path.name not in named:
             path.unlink(missing_ok=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ class TargetCache:
         for index, target in self.found.items():
             tensors[f"run.{index}"] = torch.tensor([target.loss, target.steps], dtype=torch.float64)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        staging = self.path.with_suffix(".tmp")
+        staging = self.path.with_suffix(f".{os.getpid()}.tmp")
         save_file(tensors, staging)
         staging.replace(self.path)
 

@@ -33,6 +33,7 @@ class Versions(Generic[Entry]):
         self._published = tuple(entries)
         self._pass = _Pass()
         self._lock = threading.Lock()
+        self.switch = threading.Lock()  # held while modes are changed by what they are
 
     def current(self) -> tuple[Entry, ...]:
         """The entries pinned by this thread's pass, else the published ones."""
@@ -54,10 +55,17 @@ class Versions(Generic[Entry]):
             entries[position] = change(entries[position])
             self._published = tuple(entries)
 
-    def pin(self) -> None:
-        """A pass begins in this thread; one within another sees what the outer one sees."""
+    def pin(self, outer: Callable[[], int]) -> None:
+        """A pass begins in this thread; one within another sees what the outer one sees.
+
+        Args:
+            outer: how many passes are under way around this one; asked only where some seem to be, for a pass that
+                Ctrl-C ended never unpinned.
+        """
         if torch.compiler.is_compiling():
             return
+        if self._pass.depth > 0:
+            self._pass.depth = max(0, outer())
         if self._pass.depth == 0:
             self._pass.entries = self._published
         self._pass.depth += 1
@@ -70,6 +78,10 @@ class Versions(Generic[Entry]):
             self._pass.depth -= 1
         if self._pass.depth == 0:
             self._pass.entries = None
+
+    def forget_pass(self) -> None:
+        """No pass is under way in this thread, however the last one ended."""
+        self._pass.depth, self._pass.entries = 0, None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Versions[Entry]:
         return Versions(copy.deepcopy(self._published, memo))

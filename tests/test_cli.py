@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny import tiny_facts, tiny_model, tiny_texts, tiny_tokenizer
 
 from coachhook_fast.cli import VERBS, main
@@ -255,6 +256,7 @@ def test_argument_errors_are_one_line(home: Path, capsys: pytest.CaptureFixture[
         (["--layers", "99"], "layers [99] are out of range: the model has blocks 0 to 4"),
         (["--dtype", "float99"], "dtype must name a"),
         (["--device", "warp"], "on device 'warp'"),
+        (["--set", "context_seeds=The"], "context_seeds must be a list, got 'The'"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
         (["--facts", "nowhere.json"], "nowhere.json"),
         (["--model", "nowhere"], "model 'nowhere'"),
@@ -271,6 +273,33 @@ def test_bad_edit_arguments(
     # Later arguments win, so that `extra` may replace the good ones.
     assert message in fails(capsys, "edit", *model(home), *facts(home), *out(home, "never"), *extra)
     assert not (home / "never").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the device is there")
+def test_a_device_that_is_not_there(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["generate", "--model", str(home / "model"), "--device", "cuda", "x"]
+    assert "on device 'cuda'" in fails(capsys, *arguments)
+
+
+def test_a_config_file_changes_only_what_it_names(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = home / "few.yaml"
+    path.write_text("v_num_grad_steps: 2\n")
+    held = run_json(capsys, "log", *edits(home))["config"]
+    arguments = ["edit", *model(home), *facts(home), *edits(home), "--config", str(path), *out(home, "fewer-steps")]
+    found = run_json(capsys, *arguments)["config"]
+    assert found == held | {"v_num_grad_steps": 2}
+
+
+def test_a_prompt_that_a_file_changes_twice_keeps_its_last_answer(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = ({**tiny_facts(1)[0], "target_new": word} for word in ("pilot", "baker"))
+    path = home / "twice.jsonl"
+    path.write_text("\n".join(map(json.dumps, [first, second])))
+    arguments = ["edit", *model(home), "--facts", str(path), *QUICK, "--batch-size", "1", *out(home, "twice")]
+    assert [line["target_new"] for line in run_json(capsys, *arguments)["edits"]] == ["pilot", "baker"]
+    again = ["edit", *model(home), "--facts", str(path), "--edits", str(home / "twice")]
+    assert run_json(capsys, *again)["edits"] == []
 
 
 def test_edit_never_overwrites_an_edit_set(home: Path, capsys: pytest.CaptureFixture[str]) -> None:

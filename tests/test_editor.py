@@ -352,6 +352,84 @@ class TestBadInput:
             editor.edit(facts(1), progress=False)
 
 
+def test_ctrl_c_within_a_forward_pass_leaves_everything_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    editor = make()
+    edit(editor, facts(2))
+    before, solve = snapshot(editor), KeyMemory.solve
+    seen: list[Any] = []
+
+    def interrupting_solve(self: KeyMemory, keys: torch.Tensor) -> Any:
+        if not seen:  # the next pass over the model, which reads the second layer's keys, is interrupted
+            block = editor.model.model.layers[2]  # type: ignore[union-attr,index]
+            seen.append(block.register_forward_pre_hook(_raising(KeyboardInterrupt)))
+        return solve(self, keys)
+
+    monkeypatch.setattr(KeyMemory, "solve", interrupting_solve)
+    with pytest.raises(KeyboardInterrupt):
+        edit(editor, facts(4)[2:])
+    seen[0].remove()
+    assert {hook.mode for hook in editor.hooks} == {"gated"}
+    assert_same(snapshot(editor), before)
+    edit(editor, facts(4)[2:])
+    assert not torch.equal(logits(editor.model), before[-1])
+
+
+def test_a_memory_that_fails_in_the_commit_takes_no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    editor = make(dtype=torch.float64)
+    edit(editor, facts(2))
+    before = snapshot(editor)
+    monkeypatch.setattr(editor.memories[1], "update", _raising(MemoryError))
+    with pytest.raises(MemoryError):
+        edit(editor, facts(4)[2:])
+    for one, other in zip(snapshot(editor), before, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    assert len(editor.ledger) == 1
+
+
+def test_editing_while_disabled_goes_on_top_of_the_earlier_edits() -> None:
+    one, other = make(), make()
+    for editor in (one, other):
+        edit(editor, facts(2))
+    edit(one, facts(4)[2:])
+    with other.disabled():
+        edit(other, facts(4)[2:])
+        assert {hook.mode for hook in other.hooks} == {"off"}
+    assert_same(snapshot(one), snapshot(other))
+
+
+def test_rollbacks_in_any_order_leave_the_same_thresholds() -> None:
+    editors = make(), make()
+    for editor, order in zip(editors, ((0, 2), (2, 0)), strict=True):
+        ids = [edit(editor, facts(6)[start : start + 2]).id for start in (0, 2, 4)]
+        for position in order:
+            editor.rollback(ids[position])
+    for one, other in zip(editors[0].hooks, editors[1].hooks, strict=True):
+        torch.testing.assert_close(one.get_delta_weight(), other.get_delta_weight())
+        assert one.threshold == pytest.approx(other.threshold, rel=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_checkpoint_of_an_edited_model_is_its_bases(family: str, tmp_path: Path) -> None:
+    editor, base = make(family), tiny_model(family)
+    edit(editor, facts(2))
+    tensors = editor.model.state_dict()
+    assert {name: tuple(value.shape) for name, value in tensors.items()} == {
+        name: tuple(value.shape) for name, value in base.state_dict().items()
+    }
+    editor.model.save_pretrained(tmp_path)
+    loaded = type(editor.model).from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded), logits(base))
+    before = logits(editor.model)
+    editor.model.load_state_dict(base.state_dict())
+    assert torch.equal(logits(editor.model), before)
+
+
+@pytest.mark.parametrize("name", ["context_seeds", "subject_templates", "layers"])
+def test_config_takes_lists_of_texts_not_a_text(name: str) -> None:
+    with pytest.raises(TypeError, match=rf"{name} must be a list, got 'The \{{\}}'"):
+        EditConfig(**{name: "The {}"})
+
+
 def test_config_refuses_what_it_does_not_know(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"unknown setting\(s\) \['v_learning_rate'\]"):
         EditConfig.from_dict({"v_learning_rate": 1})
@@ -378,6 +456,16 @@ def test_config_refuses_what_is_no_layer(layers: Any) -> None:
 def test_a_batch_is_a_list(requests: Any) -> None:
     with pytest.raises(TypeError, match="requests must be a list of EditRequest, got"):
         make().edit(requests)
+
+
+def test_statistics_with_and_without_bos_are_kept_apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("COACHHOOK_CACHE", str(tmp_path))
+    found = [
+        Editor(tiny_model("llama"), tiny_tokenizer(bos=bos), CONFIG).collect_statistics(tiny_texts(6), progress=False)
+        for bos in (True, False)
+    ]
+    assert found[0].tokens > found[1].tokens  # a BOS before every sequence
+    assert not torch.equal(found[0].moments[1], found[1].moments[1])
 
 
 def test_damaged_cache_files_are_made_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -96,6 +96,13 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path: Path, monkeypatch: pytes
     for layer in LAYERS:
         assert torch.equal(resumed.moments[layer], whole.moments[layer])
         assert torch.equal(resumed.samples[layer], whole.samples[layer])
+    calls.clear()
+    with pytest.raises(KeyboardInterrupt):
+        collect(partial, documents(), LAYERS, checkpoint=checkpoint, checkpoint_seconds=0, run="r", **options)
+    # Batches of another size are other batches: a count of them says nothing.
+    wider = options | {"batch_tokens": 128}
+    resumed = collect(partial, documents(), LAYERS, checkpoint=checkpoint, checkpoint_seconds=0, run="r", **wider)
+    assert resumed.tokens == whole.tokens
     checkpoint.write_bytes(b"cut off")
     with pytest.warns(UserWarning, match="the pass begins anew"):
         again = collect(partial, documents(), LAYERS, checkpoint=checkpoint, run="r", **options)

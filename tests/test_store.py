@@ -180,6 +180,16 @@ def change(folder: Path, edit: Any) -> None:
     path.write_text(json.dumps(manifest))
 
 
+def test_saving_beside_a_model_leaves_its_files_alone(tmp_path: Path) -> None:
+    others = ("model.safetensors", "adapter.safetensors", "download.tmp", "weights-of-mine.safetensors")
+    for name in others:
+        (tmp_path / name).write_bytes(b"mine")
+    for count in (1, 2):
+        store.save(edit_set(count), tmp_path)
+    assert all((tmp_path / name).read_bytes() == b"mine" for name in others)
+    assert len(list(tmp_path.glob("weights-*.safetensors"))) == 2  # ours and theirs: the first version's is swept
+
+
 def test_a_damaged_tensor_file_is_named(saved: Path) -> None:
     victim = next(saved.glob("batch-*"))
     content = bytearray(victim.read_bytes())

@@ -128,6 +128,53 @@ def test_a_pass_under_way_keeps_its_version() -> None:
     assert torch.equal(logits(model), alone(new))
 
 
+def test_ctrl_c_in_a_pass_leaves_no_version_pinned() -> None:
+    """torch runs no forward hook then, not even those that are always called."""
+    model = model_with()
+    model.coachhook.publish(edit_set(1, 4))
+    down = model.model.layers[2].mlp.register_forward_pre_hook(_interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        logits(model)
+    down.remove()
+    model.coachhook.publish(edit_set(2, 3))
+    assert torch.equal(logits(model), alone(edit_set(2, 3)))
+    model.coachhook.disable()
+    assert torch.equal(logits(model), logits(tiny_model("llama")))
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_pass_within_a_pass_sees_the_outer_ones_version() -> None:
+    model = model_with()
+    model.coachhook.publish(edit_set(1, 4))
+    inner: list[Tensor] = []
+
+    def publish_and_run(*_: Any) -> None:
+        handle.remove()
+        model.coachhook.publish(edit_set(2, 3))
+        inner.append(logits(model))
+
+    handle = model.model.layers[1].register_forward_pre_hook(publish_and_run)
+    outer = logits(model)
+    for seen in (outer, *inner):
+        assert torch.equal(seen, alone(edit_set(1, 4)))
+    assert torch.equal(logits(model), alone(edit_set(2, 3)))
+
+
+def test_overlapping_disabled_blocks_end_enabled() -> None:
+    model = model_with()
+    model.coachhook.publish(edit_set(1, 4))
+    one, other = model.coachhook.disabled(), model.coachhook.disabled()
+    one.__enter__()
+    other.__enter__()
+    one.__exit__(None, None, None)
+    assert torch.equal(logits(model), logits(tiny_model("llama")))  # the other block still holds
+    other.__exit__(None, None, None)
+    assert torch.equal(logits(model), alone(edit_set(1, 4)))
+
+
 def test_an_error_in_a_pass_leaves_no_version_pinned() -> None:
     old, new = edit_set(0, 2), edit_set(1, 5)
     model = model_with()

@@ -101,7 +101,7 @@ def load_model(arguments: argparse.Namespace) -> tuple[Any, Any]:
     note(f"loading {arguments.model}")
     try:
         return load(arguments.model, dtype=arguments.dtype, device=arguments.device)
-    except RuntimeError as error:  # torch's word for a device that it does not know or that is not there
+    except (RuntimeError, AssertionError) as error:  # torch's words for a device that it does not know or have
         raise ValueError(f"model {arguments.model!r} on device {arguments.device!r}: {error}") from error
 
 
@@ -122,13 +122,13 @@ def load_config(arguments: argparse.Namespace, *, edits: Path | None = None) -> 
     """Settings of --config, --layers, --gate and --set, later ones first; of `edits` where none are given."""
     import yaml
 
-    from coachhook_fast.config import EditConfig
+    from coachhook_fast.config import EditConfig, read_yaml
     from coachhook_fast.store import read_manifest
 
     values: dict[str, Any] = {} if edits is None else dict(read_manifest(edits)["config"])
     try:
         if arguments.config is not None:
-            values |= EditConfig.from_yaml(arguments.config).to_dict()
+            values |= read_yaml(arguments.config)
         if arguments.layers is not None:
             values["layers"] = _layers(arguments.layers)
         if arguments.gate is not None:

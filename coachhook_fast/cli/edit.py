@@ -86,10 +86,11 @@ def output_folder(out: Path | None, edits: Path | None) -> Path:
 
 
 def _not_yet_edited(records: Sequence[EditRecord], editor: Editor) -> list[EditRequest]:
-    """The requests that differ from the latest edit of the same prompt."""
+    """The requests about prompts whose latest edit differs from their last request."""
     latest = {request.text: request.target_new for batch in editor.ledger for request in batch.requests}
     requests = [record.request for record in records]
-    return [request for request in requests if latest.get(request.text) != request.target_new]
+    wished = {request.text: request.target_new for request in requests}
+    return [request for request in requests if latest.get(request.text) != wished[request.text]]
 
 
 def _report(out: Path, editor: Editor, batches: Sequence[Batch], held: int, skipped: Sequence[str]) -> Report:

@@ -105,6 +105,7 @@ class EditedConfig(QuantizationConfig):
         self._complete = False
         self._deltas: list[tuple[LowRankDelta, float]] | None = None
         self.digest = ""
+        self.base_model = ""
 
     # ---------------------------------------------------------------- what vLLM asks of a config
 
@@ -147,6 +148,7 @@ class EditedConfig(QuantizationConfig):
             settings = getattr(hf_config, "quantization_config", None)
             if isinstance(settings, dict):
                 settings["edit_set_version"] = self.digest
+        self.base_model = str(manifest["model"])
         self.positions = {layer: position for position, layer in enumerate(config["layers"])}
 
     def _check_model(self, model_name: str, text_config: Any, manifest: dict[str, Any]) -> None:
@@ -183,7 +185,7 @@ class EditedConfig(QuantizationConfig):
             self._attached.add(position)
             delta, threshold = self._edits()[position]
             edited = EditedLinearMethodV2 if type(method).__name__ in _V2 else EditedLinearMethod
-            method = edited(method, prefix, position, delta, threshold, self.reserve_rank)
+            method = edited(method, prefix, position, delta, threshold, self.reserve_rank, self.base_model)
         # Loading ends with a call for each layer: the place to notice that an edited layer was never built.
         original = method.process_weights_after_loading
 
@@ -237,11 +239,13 @@ class EditedLinearMethod(LinearMethodBase):
         delta: LowRankDelta,
         threshold: float,
         reserve_rank: int,
+        base_model: str = "",
     ) -> None:
         self.base = base
         self.prefix = prefix
         self.position = position
         self.reserve_rank = reserve_rank
+        self.base_model = base_model  # fingerprint of the model that the edits were made for
         self._edits: tuple[LowRankDelta, float] | None = (delta, threshold)
 
     def create_weights(
@@ -303,11 +307,8 @@ def write_edits(layer: Any, delta: LowRankDelta, threshold: float) -> None:
     Raises:
         ValueError: the buffers hold another form or a smaller rank (see `reserve_rank`).
     """
-    B, U = layer.coachhook_B, layer.coachhook_U
-    rank = delta.B.shape[0]
-    if (U is None) != (delta.U is None) or rank > B.shape[0]:
-        held = "a dense delta" if U is None else f"rank {B.shape[0]}"
-        raise ValueError(f"edits of {delta} do not fit the buffers of {held}: start vLLM with a larger reserve_rank")
+    check_room(layer, delta)
+    B, U, rank = layer.coachhook_B, layer.coachhook_U, delta.B.shape[0]
     start = get_tensor_model_parallel_rank() * B.shape[1] if layer.tp_size > 1 else 0
     B.zero_()
     B[:rank].copy_(delta.B[:, start : start + B.shape[1]])
@@ -319,20 +320,48 @@ def write_edits(layer: Any, delta: LowRankDelta, threshold: float) -> None:
         layer.coachhook_sketch.copy_(make_sketch(B, 1e-9))
 
 
+def check_room(layer: Any, delta: LowRankDelta) -> None:
+    """ValueError where the layer's buffers hold another form or shape, or a smaller rank (see `reserve_rank`)."""
+    B, U = layer.coachhook_B, layer.coachhook_U
+    columns = B.shape[1] * max(layer.tp_size, 1)
+    if delta.in_features != columns:
+        raise ValueError(f"edits of {delta} do not fit a layer of {columns} input features")
+    if (U is None) != (delta.U is None) or delta.B.shape[0] > B.shape[0]:
+        held = "a dense delta" if U is None else f"rank {B.shape[0]}"
+        raise ValueError(f"edits of {delta} do not fit the buffers of {held}: start vLLM with a larger reserve_rank")
+
+
 class SwapEdits:
-    """Exchanges a worker's edits; a class of its own, so that it travels to worker processes."""
+    """Exchanges a worker's edits, all or none; a class of its own, so that it travels to worker processes."""
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
 
     def __call__(self, model: nn.Module) -> int:
-        edits = store.load_weights(Path(self.folder))
+        manifest, edits = store.read_manifest(Path(self.folder)), store.load_weights(Path(self.folder))
         layers: list[Any] = [
             layer for layer in model.modules() if isinstance(getattr(layer, "quant_method", None), EditedLinearMethod)
         ]
         for layer in layers:
+            self._check(layer, manifest, edits)
+        for layer in layers:
             write_edits(layer, *edits[layer.quant_method.position])
         return len(layers)
+
+    def _check(self, layer: Any, manifest: dict[str, Any], edits: list[tuple[LowRankDelta, float]]) -> None:
+        method, config = layer.quant_method, manifest["config"]
+        if config["gate"] != "calibrated" or manifest["model"] != method.base_model:
+            raise ValueError(
+                f"the edit set in {self.folder} has the {config['gate']} gate and was made for base model "
+                f"{manifest['model']}; served are calibrated edits of {method.base_model}"
+            )
+        blocks = [int(part) for part in method.prefix.split(".") if part.isdigit()]
+        if method.position >= len(edits) or config["layers"][method.position] != blocks[0]:
+            raise ValueError(
+                f"the edit set in {self.folder} edits layers {config['layers']}, but number {method.position + 1} of "
+                f"those served is {method.prefix}"
+            )
+        check_room(layer, edits[method.position][0])
 
 
 def swap_edits(llm: Any, folder: str | Path) -> None:
@@ -342,7 +371,8 @@ def swap_edits(llm: Any, folder: str | Path) -> None:
         llm: a `vllm.LLM` with no request under way, started with an edit set of the same layers.
 
     Raises:
-        ValueError: requests are under way, or the edits do not fit the buffers.
+        ValueError: requests are under way, or the edits are for another base model, gate or other layers, or do not fit
+            the buffers; what was served before is served still.
     """
     version = store.version_of(store.read_manifest(Path(folder)))
     if not llm.reset_prefix_cache():

@@ -145,6 +145,43 @@ def test_layers_of_another_shape() -> None:
         method.create_weights(None, 99, [576], 99, 576, None)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("folder", "base_model", "prefix", "message"),
+    [
+        ("sequence", None, "model.layers.{}.mlp.down_proj", "sequence gate"),
+        ("edits-b", "0123", "model.layers.{}.mlp.down_proj", "calibrated edits of 0123"),
+        ("edits-b", None, "model.layers.1{}.mlp.down_proj", "edits layers"),
+        ("edits-b", None, "model.layers.{}.mlp.down_proj", "larger reserve_rank"),
+    ],
+)
+def test_a_swap_that_does_not_fit_changes_no_layer(
+    folder: str, base_model: str | None, prefix: str, message: str
+) -> None:
+    import torch
+
+    from coachhook_fast import store
+    from coachhook_fast.integrations.vllm import EditedLinearMethod, SwapEdits, write_edits
+
+    manifest, edits = store.read_manifest(WORK / "edits-a"), store.load_weights(WORK / "edits-a")
+    layers = torch.nn.ModuleList()
+    for position, (number, (delta, threshold)) in enumerate(zip(manifest["config"]["layers"], edits, strict=True)):
+        layer: Any = torch.nn.Module()
+        layer.tp_size = 1
+        layer.quant_method = EditedLinearMethod(
+            SimpleNamespace(), prefix.format(number), position, delta, threshold, 0, base_model or manifest["model"]
+        )
+        for name, tensor in (("B", delta.B), ("U", delta.U)):
+            layer.register_buffer(f"coachhook_{name}", torch.zeros_like(tensor))
+        layer.register_buffer("coachhook_threshold", torch.zeros(()))
+        layer.coachhook_sketch = None
+        write_edits(layer, delta, threshold)
+        layers.append(layer)
+    with pytest.raises(ValueError, match=message):
+        SwapEdits(str(WORK / folder))(layers)
+    for layer, (delta, _) in zip(layers, edits, strict=True):
+        assert torch.equal(layer.coachhook_B, delta.B)
+
+
 def test_registering_twice_is_harmless() -> None:
     from vllm.model_executor.layers.quantization import get_quantization_config
 
