@@ -166,7 +166,10 @@ class EditedConfig(QuantizationConfig):
         if not self.check_base:
             return
         found = checkpoint_fingerprint(model_name, model_type)
-        if found is not None and found != manifest["model"]:
+        if found is None:
+            message = "coachhook: %s is no folder of safetensors: whether the edits were made for it was not checked"
+            logger.warning(message, model_name)
+        elif found != manifest["model"]:
             raise ValueError(
                 f"the edit set in {self.folder} belongs to another base model: it was made for fingerprint "
                 f'{manifest["model"]}, {model_name} has {found} ("check_base": false skips this, for converted copies)'
