@@ -113,8 +113,9 @@ class EditConfig:
             _check_number(name, getattr(self, name), above=0.0)
         for name in ("v_weight_decay", "v_loss_threshold", "kl_factor", "continuation_factor"):
             _check_number(name, getattr(self, name), least=0.0)
-        for name in ("v_num_grad_steps", "stats_sequence_length", "max_batch_tokens"):
+        for name in ("v_num_grad_steps", "max_batch_tokens"):
             _check_number(name, getattr(self, name), least=1, integer=True)
+        _check_number("stats_sequence_length", self.stats_sequence_length, least=2, integer=True)  # BOS and a token
         _check_number("threshold_keys", self.threshold_keys, least=2, integer=True)
         _check_number("context_tokens", self.context_tokens, least=1, integer=True)
         for name in ("v_lr", "mom2_update_weight"):

@@ -128,7 +128,7 @@ def _load(path: Path) -> list[Any]:
 
 
 def _load_lines(path: Path, text: str) -> Iterator[Any]:
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
                 yield json.loads(line)

@@ -86,6 +86,7 @@ class EditSet:
         contexts: texts that the model wrote, prefixes of every request's prompt.
         deltas, thresholds: one a layer of `config.layers`.
         batches: the ledger, oldest first.
+        statistics: run of the key statistics that the latest batch was made with, "" where it has no name.
     """
 
     model: str
@@ -94,6 +95,7 @@ class EditSet:
     deltas: tuple[LowRankDelta, ...]
     thresholds: tuple[Threshold, ...]
     batches: tuple[Batch, ...] = ()
+    statistics: str = ""
 
     @property
     def layers(self) -> tuple[int, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -28,7 +29,7 @@ from coachhook_fast.interrupts import deferred
 from coachhook_fast.keys import bare_outputs
 from coachhook_fast.memory import KeyMemory
 from coachhook_fast.models import context_length, fingerprint
-from coachhook_fast.outcomes import outcomes_of, warn_of_weak
+from coachhook_fast.outcomes import EditWarning, outcomes_of, warn_of_weak
 from coachhook_fast.progress import track
 from coachhook_fast.request import EditRequest, TokenisedRequest, tokenise_batch
 from coachhook_fast.sinks import away_from_sinks
@@ -130,20 +131,31 @@ class Editor:
         """Takes or reloads the key statistics of all edited layers, in one pass (see `statistics_cache`).
 
         Args:
-            corpus: text file, iterable of strings or token ids, or dataset; None samples text from the model itself.
+            corpus: text file, iterable of strings or token ids, or dataset; None takes the statistics of the earlier
+                batches, where the cache still holds them, else text sampled from the model itself.
             max_tokens: token budget; None takes `mom2_n_tokens` of the config.
         """
         with self.disabled(), frozen(self.model):
             statistics = model_statistics(
                 self.partial, self.tokenizer, self.config, self.model_id, self.key_dim, corpus,
-                max_tokens=max_tokens, progress=progress,
+                max_tokens=max_tokens, earlier=self.edit_set.statistics, progress=progress,
             )  # fmt: skip
         self.use_statistics(statistics)
         return statistics
 
     def use_statistics(self, statistics: KeyStatistics) -> None:
-        """Starts the key memories: C = λ E[k kᵀ] + Σ K Kᵀ over the ledger. ValueError if they do not fit the model."""
+        """Starts the key memories: C = λ E[k kᵀ] + Σ K Kᵀ over the ledger. ValueError if they do not fit the model.
+
+        Warns (EditWarning) if the earlier batches were made with others.
+        """
         statistics.check(self.layers, self.key_dim, self.model_id)
+        if self.ledger and self.edit_set.statistics not in ("", statistics.run):
+            warnings.warn(
+                f"the edits so far were made with other key statistics ({self.edit_set.statistics}, now "
+                f"{statistics.run or 'without a name'}): give the same corpus to keep to one measure of ordinary text",
+                EditWarning,
+                stacklevel=2,
+            )
         memories = []
         for position, layer in enumerate(self.layers):
             weight = self.config.mom2_update_weight
@@ -153,6 +165,7 @@ class Editor:
                 memory.update(batch.layers[position].keys)
             memories.append(memory)
         self.statistics, self.memories = statistics, memories
+        self.edit_set = replace(self.edit_set, statistics=statistics.run)
 
     # ---------------------------------------------------------------- editing
 
@@ -168,9 +181,12 @@ class Editor:
                 "threshold" (value) a layer.
 
         Raises:
-            ValueError: see `request.tokenise_batch`, `targets.optimise`, `KeyMemory.solve`.
+            ValueError: see `request.tokenise_batch`, `targets.optimise`, `KeyMemory.solve`; or the editor was unloaded.
         """
         started = time.monotonic()
+        self._handle.check_installed()
+        if torch.is_inference_mode_enabled():
+            raise ValueError("Editor.edit needs gradients: call it outside torch.inference_mode()")
         tokens = tokenise_batch(requests, self.tokenizer, self.edit_set.contexts, context_length(self.model))
         if not self.memories:
             self.collect_statistics(progress=progress)
@@ -187,10 +203,11 @@ class Editor:
             v0 = self._bare_outputs(tokens)
             cache = TargetCache(self.edit_set, tokens)
             bar.advance(len(cache.found), "found before")
-            found = optimise(
-                self.partial, self.layers[-1], tokens, v0, self.config, pad_id=pad_id,
-                whole_rows=self.config.gate == "sequence", bar=bar, known=cache.found, keep=cache.keep,
-            )  # fmt: skip
+            with torch.enable_grad():  # whatever the caller has switched off
+                found = optimise(
+                    self.partial, self.layers[-1], tokens, v0, self.config, pad_id=pad_id,
+                    whole_rows=self.config.gate == "sequence", bar=bar, known=cache.found, keep=cache.keep,
+                )  # fmt: skip
             values = torch.stack([target.value for target in found], dim=1)
             tell("values", self.layers[-1], V=values)
             updated = update_layers(
@@ -258,6 +275,7 @@ class Editor:
         Raises:
             ValueError: no such batch, or the key memory cannot give up its keys; nothing is changed then.
         """
+        self._handle.check_installed()
         batch = self.edit_set.find(batch_id)
         rest = without(self.edit_set, batch_id, self._threshold)
         with deferred(), ExitStack() as undo:

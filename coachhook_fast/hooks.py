@@ -130,7 +130,8 @@ class Hooks:
                     self.set_modes(self._modes_before)
 
     def unload(self) -> nn.Module:
-        """Takes the hooks out and returns the untouched model."""
+        """Takes the hooks out and returns the untouched model; ValueError where they are out already."""
+        self.check_installed()
         for layer, hook in zip(self.layers, self.hooks, strict=True):
             self._place(layer, hook.base_layer)
         if self._tracker is not None:
@@ -139,6 +140,11 @@ class Hooks:
             handle.remove()
         delattr(self.model, ATTRIBUTE)
         return self.model
+
+    def check_installed(self) -> None:
+        """ValueError unless these are the hooks that the model has now."""
+        if hooks_of(self.model) is not self:
+            raise ValueError("these hooks were unloaded: the model has others, or none")
 
     def forget_pass(self) -> None:
         """For callers outside any forward pass of this thread: what a pass that Ctrl-C ended had pinned is let go."""

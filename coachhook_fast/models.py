@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 SMOLLM2 = "smollm2"
@@ -113,7 +114,7 @@ def _load_folder(name: str | Path, dtype: torch.dtype | None) -> tuple[nn.Module
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto")
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise ValueError(f"model {str(name)!r} could not be loaded: {error}") from error
     return model, tokenizer
 

@@ -42,12 +42,14 @@ class KeyStatistics:
         samples: layer -> [S, d] keys of ordinary tokens, uniformly drawn, the same tokens in every layer.
         tokens: number of keys in the moments.
         model: fingerprint of the base model.
+        run: content key of the run that took them, "" where it has none.
     """
 
     moments: dict[int, Tensor]
     samples: dict[int, Tensor]
     tokens: int
     model: str
+    run: str = ""
 
     def check(self, layers: Sequence[int], key_dim: int, model: str) -> None:
         """ValueError unless these are the statistics of `layers` of the model with fingerprint `model`."""
@@ -64,7 +66,7 @@ class KeyStatistics:
     def save(self, path: Path) -> None:
         tensors = {f"moment.{layer}": moment.contiguous() for layer, moment in self.moments.items()}
         tensors |= {f"sample.{layer}": sample.contiguous() for layer, sample in self.samples.items()}
-        _save_atomically(tensors, {"tokens": str(self.tokens), "model": self.model}, path)
+        _save_atomically(tensors, {"tokens": str(self.tokens), "model": self.model, "run": self.run}, path)
 
     @classmethod
     def load(cls, path: Path) -> KeyStatistics:
@@ -77,6 +79,7 @@ class KeyStatistics:
             samples={int(name[7:]): value for name, value in tensors.items() if name.startswith("sample.")},
             tokens=int(metadata["tokens"]),
             model=metadata["model"],
+            run=metadata.get("run", ""),
         )
 
 

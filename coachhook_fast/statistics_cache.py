@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from coachhook_fast.config import EditConfig
@@ -23,6 +25,7 @@ def model_statistics(
     corpus: Corpus | None,
     *,
     max_tokens: int | None = None,
+    earlier: str = "",
     progress: bool = True,
 ) -> KeyStatistics:
     """Key statistics of `config.layers`, cached by content: model, layers, corpus, token count, packing.
@@ -31,7 +34,13 @@ def model_statistics(
         corpus: see `corpus.read_documents`; None lets the model write its own text.
         max_tokens: token budget; None takes `config.mom2_n_tokens`, or 20 d (10 d of the model's own text: writing a
             token costs far more than reading one), at least 4 096.
+        earlier: run of the statistics that earlier edits were made with; taken where neither corpus nor budget is given
+            and the cache still holds it.
     """
+    if corpus is None and max_tokens is None and earlier:
+        held = _cached(earlier)
+        if held is not None:
+            return held
     budget = max_tokens if max_tokens is not None else config.mom2_n_tokens
     if budget is None:
         budget = max(4_096, (20 if corpus is not None else 10) * key_dim)
@@ -53,12 +62,9 @@ def model_statistics(
         begin=begin,
         modules=config.rewrite_module_tmp,
     )
-    path = cache_dir() / "statistics" / f"{run}.safetensors"
-    if path.is_file():
-        try:
-            return KeyStatistics.load(path)
-        except ValueError as error:  # a disk that was full, or a copy that was cut off
-            warnings.warn(f"{error}; the statistics are collected anew", stacklevel=2)
+    held = _cached(run)
+    if held is not None:
+        return held
     if documents is None:
         documents = list(sample_documents(partial.model, tokenizer, budget, seed=_SEED, length=min(128, length)))
     statistics = collect(
@@ -72,9 +78,24 @@ def model_statistics(
         sample_size=config.threshold_keys,
         total_tokens=budget,
         tolerance=config.mom2_tolerance,
-        checkpoint=path.with_suffix(".partial"),
+        checkpoint=_path(run).with_suffix(".partial"),
         run=run,
         progress=progress,
     )
-    statistics.save(path)
+    statistics = replace(statistics, run=run)
+    statistics.save(_path(run))
     return statistics
+
+
+def _path(run: str) -> Path:
+    return cache_dir() / "statistics" / f"{run}.safetensors"
+
+
+def _cached(run: str) -> KeyStatistics | None:
+    if not _path(run).is_file():
+        return None
+    try:
+        return KeyStatistics.load(_path(run))
+    except ValueError as error:  # a disk that was full, or a copy that was cut off
+        warnings.warn(f"{error}; the statistics are collected anew", stacklevel=3)
+        return None

@@ -63,6 +63,7 @@ def save(edit_set: EditSet, folder: Path) -> None:
             "contexts": list(edit_set.contexts),
             "thresholds": [_threshold_to_json(threshold) for threshold in edit_set.thresholds],
             "weights": _write_tensors(folder, "weights", weights),
+            "statistics": edit_set.statistics,
             "batches": [
                 _batch_to_json(folder, batch, parent) for batch, parent in zip(edit_set.batches, parents, strict=False)
             ],
@@ -99,6 +100,7 @@ def _edit_set_of(folder: Path, manifest: Mapping[str, Any]) -> EditSet:
         deltas=deltas,
         thresholds=tuple(_threshold_from_json(value) for value in manifest["thresholds"]),
         batches=tuple(_batch_from_json(folder, line) for line in manifest["batches"]),
+        statistics=str(manifest.get("statistics", "")),
     )
 
 
@@ -142,7 +144,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         found = manifest.get("format") if isinstance(manifest, dict) else manifest
         raise ValueError(f"{path} has format {found!r}, this version reads {FORMAT}")
-    if set(manifest) != _FIELDS:
+    if set(manifest) - {"statistics"} != _FIELDS:
         raise ValueError(f"{path} has the fields {sorted(manifest)}, expected {sorted(_FIELDS)}")
     return manifest
 

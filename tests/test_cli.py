@@ -281,6 +281,25 @@ def test_a_device_that_is_not_there(home: Path, capsys: pytest.CaptureFixture[st
     assert "on device 'cuda'" in fails(capsys, *arguments)
 
 
+def test_a_copy_with_nothing_to_edit_is_still_written(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["edit", *model(home), *facts(home), "--limit", "4", *edits(home), *out(home, "copy")]
+    assert run_json(capsys, *arguments)["edits"] == []
+    assert len(run_json(capsys, "log", "--edits", str(home / "copy"))["batches"]) == 2
+
+
+def test_facts_that_no_batch_can_take_stop_before_the_first(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good, bad = tiny_facts(2)
+    path = home / "long.jsonl"
+    path.write_text("\n".join(map(json.dumps, [good, {**bad, "prompt": "word " * 400 + "{}"}])))
+    arguments = ["edit", *model(home), "--facts", str(path), *QUICK, "--batch-size", "1", *out(home, "long")]
+    assert "fact 1 (case" in fails(capsys, *arguments)
+    assert not (home / "long").exists()
+
+
+def test_text_that_outgrows_the_context(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "exceed the model's context" in fails(capsys, "generate", *model(home), "--max-new-tokens", "9999", "hello")
+
+
 def test_a_config_file_changes_only_what_it_names(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = home / "few.yaml"
     path.write_text("v_num_grad_steps: 2\n")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import tiny_facts
 
 from coachhook_fast.datasets import EditRecord, read_records
 from coachhook_fast.request import EditRequest
@@ -229,6 +230,13 @@ def test_broken_files(tmp_path: Path, text: str, message: str) -> None:
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
         read_records(path)
+
+
+def test_line_separators_within_a_string_end_no_line(tmp_path: Path) -> None:
+    path = tmp_path / "facts.jsonl"
+    lines = [json.dumps({**fact, "ground_truth": "x\u0085y\u2028z"}, ensure_ascii=False) for fact in tiny_facts(2)]
+    path.write_text("\r\n".join(lines) + "\r\n", encoding="utf-8", newline="")
+    assert [record.request.ground_truth for record in read_records(path)] == ["x\u0085y\u2028z"] * 2
 
 
 def test_a_byte_order_mark_is_no_text_and_other_bytes_are_refused(tmp_path: Path) -> None:

@@ -424,6 +424,43 @@ def test_a_checkpoint_of_an_edited_model_is_its_bases(family: str, tmp_path: Pat
     assert torch.equal(logits(editor.model), before)
 
 
+def test_going_on_without_a_corpus_takes_the_first_ones_statistics(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COACHHOOK_CACHE", str(tmp_path / "cache"))
+    editor = make()
+    edit(editor, facts(2))
+    editor.save_pretrained(tmp_path / "edits")
+    assert editor.statistics is not None
+    later = Editor(tiny_model("llama"), tiny_tokenizer(), edits=tmp_path / "edits")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(later.collect_statistics(progress=False).moments[1], editor.statistics.moments[1])
+    other = Editor(tiny_model("llama"), tiny_tokenizer(), edits=tmp_path / "edits")
+    with pytest.warns(EditWarning, match="made with other key statistics"):
+        other.collect_statistics(tiny_texts(20)[12:], progress=False)
+
+
+def test_an_unloaded_editor_touches_no_other_editors_hooks() -> None:
+    stale = make()
+    model = stale.unload()
+    editor = Editor(model, tiny_tokenizer(), CONFIG)
+    for use in (stale.unload, lambda: stale.edit(facts(1)), lambda: stale.rollback("x")):
+        with pytest.raises(ValueError, match="were unloaded"):
+            use()
+    assert model.coachhook.hooks == editor.hooks  # type: ignore[union-attr]
+
+
+def test_editing_where_gradients_are_off() -> None:
+    editor, other = make(), make()
+    edit(other, facts(2))
+    with torch.no_grad():
+        edit(editor, facts(2))
+    assert_same(snapshot(editor), snapshot(other))
+    with torch.inference_mode(), pytest.raises(ValueError, match="inference_mode"):
+        edit(editor, facts(4)[2:])
+
+
 @pytest.mark.parametrize("name", ["context_seeds", "subject_templates", "layers"])
 def test_config_takes_lists_of_texts_not_a_text(name: str) -> None:
     with pytest.raises(TypeError, match=rf"{name} must be a list, got 'The \{{\}}'"):

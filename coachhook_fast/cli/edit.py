@@ -52,6 +52,7 @@ def run(arguments: argparse.Namespace) -> Report:
     from coachhook_fast.editor import Editor
 
     editor = Editor(model, tokenizer, config, edits=arguments.edits)
+    _check_lengths(records, editor)
     requests = _not_yet_edited(records, editor)
     held = len(records) - len(requests)
     if held:
@@ -64,6 +65,8 @@ def run(arguments: argparse.Namespace) -> Report:
     for number, start in enumerate(starts, 1):
         common.note(f"batch {number} of {len(starts)}")
         batches.append(editor.edit(requests[start : start + size]))
+        editor.save_pretrained(out)
+    if not batches:  # nothing is left to edit, and --out may be another folder
         editor.save_pretrained(out)
     return _report(out, editor, batches, held, skipped)
 
@@ -83,6 +86,20 @@ def output_folder(out: Path | None, edits: Path | None) -> Path:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--out {folder} is not a folder")
     return folder
+
+
+def _check_lengths(records: Sequence[EditRecord], editor: Editor) -> None:
+    """ValueError naming the first fact that no batch could take, before the first batch is edited."""
+    from coachhook_fast.models import context_length
+    from coachhook_fast.request import tokenise_batch
+
+    limit = context_length(editor.model)
+    for number, record in enumerate(records):
+        try:
+            tokenise_batch([record.request], editor.tokenizer, editor.edit_set.contexts, limit)
+        except ValueError as error:
+            case = record.request.case_id
+            raise ValueError(f"fact {number} (case {case}) cannot be edited: {error}") from None
 
 
 def _not_yet_edited(records: Sequence[EditRecord], editor: Editor) -> list[EditRequest]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from coachhook_fast.evaluate.scoring import DEFAULT_BATCH_TOKENS, Ids, check_batch_tokens, left_padded
+from coachhook_fast.models import context_length
 from coachhook_fast.progress import track
 
 FLUENCY_TOKENS = 100  # of text a prompt, as ROME
@@ -73,8 +74,17 @@ def continue_greedily(
 
 
 def complete(model: Any, tokenizer: Any, prompts: Sequence[str], *, max_new_tokens: int = 8) -> list[str]:
-    """Greedy continuations of texts, as text: a quick look at what a model says."""
+    """Greedy continuations of texts, as text: a quick look at what a model says.
+
+    Raises:
+        ValueError: a text with its continuation would be longer than the model's context.
+    """
     ids = [tuple(tokenizer(prompt)["input_ids"]) for prompt in prompts]
+    longest, limit = max(map(len, ids), default=0), context_length(model)
+    if limit is not None and longest + max_new_tokens > limit:
+        raise ValueError(
+            f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} exceed the model's context, {limit}"
+        )
     written = continue_greedily(model, ids, [max_new_tokens] * len(ids))
     return [tokenizer.decode(row, skip_special_tokens=True) for row in written]
 
