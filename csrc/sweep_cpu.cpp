@@ -1,6 +1,6 @@
-// The sweep over the panels on the CPU: the panel's triangle on the calling thread, everything below it in tasks
-// of a few rows that the threads take as they come free. A row's result does not depend on who computed it,
-// so neither do the bits.
+// The sweep over the panels on the CPU: the panel's triangle on the calling thread, everything below it in
+// tasks of a few rows that the threads take as they come free. A row's result does not depend on who computed
+// it, so neither do the bits.
 #include <vector>
 
 #include "crew.h"
