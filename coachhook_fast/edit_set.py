@@ -120,6 +120,12 @@ class EditSet:
     def with_batch(self, batch: Batch) -> EditSet:
         return replace(self, batches=(*self.batches, batch))
 
+    def own_keys(self, position: int) -> Tensor:
+        """K [d, N] of all edits, oldest first, in edited layer number `position`; ValueError where there are none."""
+        if not self.batches:
+            raise ValueError("an edit set without batches has no keys")
+        return torch.cat([batch.layers[position].keys for batch in self.batches], dim=1)
+
     def find(self, batch_id: str) -> Batch:
         """The batch called `batch_id`; ValueError with the known ids where there is none."""
         for batch in self.batches:
@@ -139,7 +145,8 @@ def without(edit_set: EditSet, batch_id: str, calibrate: Callable[[int, LowRankD
     Raises:
         ValueError: no such batch.
     """
-    place = edit_set.batches.index(edit_set.find(batch_id))
+    edit_set.find(batch_id)
+    place = [batch.id for batch in edit_set.batches].index(batch_id)
     rest = (*edit_set.batches[:place], *edit_set.batches[place + 1 :])
     known = rest[-1].thresholds if rest and place == len(rest) else ()
     deltas, thresholds = [], []
@@ -156,8 +163,7 @@ def without(edit_set: EditSet, batch_id: str, calibrate: Callable[[int, LowRankD
         elif known:
             thresholds.append(known[position])
         else:
-            own = torch.cat([batch.layers[position].keys for batch in rest], dim=1)
-            thresholds.append(calibrate(position, replayed, own))
+            thresholds.append(calibrate(position, replayed, replace(edit_set, batches=rest).own_keys(position)))
     # The thresholds after later batches were found with the batch among the edits: only the last ones are known anew.
     rest = (*rest[:place], *(replace(batch, thresholds=()) for batch in rest[place:]))
     if rest:

@@ -184,7 +184,7 @@ class Editor:
             ValueError: see `request.tokenise_batch`, `targets.optimise`, `KeyMemory.solve`; or the editor was unloaded.
         """
         started = time.monotonic()
-        self._handle.check_installed()
+        self._handle.check_editable()
         if torch.is_inference_mode_enabled():
             raise ValueError("Editor.edit needs gradients: call it outside torch.inference_mode()")
         tokens = tokenise_batch(requests, self.tokenizer, self.edit_set.contexts, context_length(self.model))
@@ -228,7 +228,7 @@ class Editor:
             )
             self._commit(updated.edits.with_batch(batch))
             cache.discard()
-        warn_of_weak(batch.outcomes)
+        warn_of_weak(batch.outcomes, self.config)
         return batch
 
     def _bare_outputs(self, batch: Sequence[TokenisedRequest]) -> Tensor:
@@ -275,7 +275,7 @@ class Editor:
         Raises:
             ValueError: no such batch, or the key memory cannot give up its keys; nothing is changed then.
         """
-        self._handle.check_installed()
+        self._handle.check_editable()
         batch = self.edit_set.find(batch_id)
         rest = without(self.edit_set, batch_id, self._threshold)
         with deferred(), ExitStack() as undo:

@@ -14,10 +14,11 @@ from torch import nn
 from coachhook_fast.architectures import Layout, down_projection_size
 from coachhook_fast.edit_set import EditSet
 from coachhook_fast.integrations.transformers import SequenceTracker
-from coachhook_fast.layer import HookLinear, check_mode
+from coachhook_fast.layer import HookLinear, HookState, check_mode
 from coachhook_fast.versions import Versions
 
 ATTRIBUTE = "coachhook"
+DEFAULT = "default"
 
 
 class Hooks:
@@ -60,19 +61,78 @@ class Hooks:
         Raises:
             ValueError: another gate, other layers or shapes than the hooks'; what was served before is served still.
         """
+        states = self._states(edit_set)
+        self._versions.change(lambda position, entry: replace(entry, state=states[position]))
+        self.edit_set = edit_set
+
+    def _states(self, edit_set: EditSet) -> list[HookState]:
+        """What each hook would serve; ValueError where `edit_set` does not fit the hooks."""
         gate = self.hooks[0].gate
         if edit_set.config.gate != gate or edit_set.layers != self.layers:
             raise ValueError(
                 f"the hooks are on layers {self.layers} with the {gate} gate, the edit set is for layers "
                 f"{edit_set.layers} with {edit_set.config.gate}: load it with load_edits after unload()"
             )
-        states = [
+        return [
             hook.serving_state(delta, threshold.value, moments=(threshold.mean, threshold.std))
             for hook, delta, threshold in zip(self.hooks, edit_set.deltas, edit_set.thresholds, strict=True)
         ]
+
+    # ---------------------------------------------------------------- several edit sets
+
+    @property
+    def tenants(self) -> tuple[str, ...]:
+        """Names of the edit sets that `select` may name, beside DEFAULT."""
+        return tuple(self._versions.published()[0].tenants)
+
+    def add_edits(self, name: str, edit_set: EditSet) -> None:
+        """Holds `edit_set` ready as `name`, for the rows that `select` gives to it; replaces one of that name.
+
+        Raises:
+            ValueError: `name` is empty or DEFAULT; the `sequence` gate; other layers or shapes than the hooks'.
+        """
+        if not name or name == DEFAULT:
+            raise ValueError(f"name must be a name other than {DEFAULT!r}, got {name!r}")
+        if self.hooks[0].gate != "calibrated":
+            raise ValueError("several edit sets need the calibrated gate: the sequence gate's state is of one edit set")
+        states = self._states(edit_set)
+        self._versions.change(lambda position, entry: replace(entry, tenants={**entry.tenants, name: states[position]}))
+
+    def remove_edits(self, name: str) -> None:
+        """Lets the edit set `name` go; blocks that have selected it go on with it. ValueError where there is none."""
+        self._check_name(name)
+        self._versions.change(
+            lambda _, entry: replace(entry, tenants={key: state for key, state in entry.tenants.items() if key != name})
+        )
+
+    @contextmanager
+    def select(self, rows: Sequence[str | None]) -> Iterator[None]:
+        """Within the block, row i of this thread's batches is served by the edit set called `rows[i]`.
+
+        DEFAULT names the one that `publish` set, None the base model alone. The sets are those of the moment the block
+        begins. A batch of k times as many rows holds k copies of each in turn, as beam search and
+        `num_return_sequences` make them. Rows share one pass of the base; each edit set's gate sees its own rows.
+
+        Raises:
+            ValueError: an unknown name, no rows, within another `select`; in a forward pass, another number of rows.
+        """
         entries = self._versions.published()
-        self._versions.publish([replace(entry, state=state) for entry, state in zip(entries, states, strict=True)])
-        self.edit_set = edit_set
+        if not rows or isinstance(rows, str):
+            raise ValueError(f"rows must be a list with a name or None for each row, got {rows!r}")
+        for name in {*rows} - {None, DEFAULT}:
+            self._check_name(name)
+        chosen = [
+            tuple(None if name is None else entry.state if name == DEFAULT else entry.tenants[name] for name in rows)
+            for entry in entries
+        ]
+        with self._versions.viewed(
+            lambda entries: tuple(replace(entry, rows=row) for entry, row in zip(entries, chosen, strict=True))
+        ):
+            yield
+
+    def _check_name(self, name: object) -> None:
+        if name not in self.tenants:
+            raise ValueError(f"name {name!r} is not among the edit sets {list(self.tenants)}: add_edits() it first")
 
     def reserve(self, rank: int) -> None:
         """Pads what is served to `rank` with zero rows, now and in later versions.
@@ -102,8 +162,7 @@ class Hooks:
         """Mode of each hook: "off", "gated" or "always" (the temporary hook of an update)."""
         for mode in modes:
             check_mode(mode)
-        entries = self._versions.published()
-        self._versions.publish([replace(entry, mode=mode) for entry, mode in zip(entries, modes, strict=True)])
+        self._versions.change(lambda position, entry: replace(entry, mode=modes[position]))
 
     def enable(self) -> None:
         """Edits take effect (the state after installing)."""
@@ -145,6 +204,11 @@ class Hooks:
         """ValueError unless these are the hooks that the model has now."""
         if hooks_of(self.model) is not self:
             raise ValueError("these hooks were unloaded: the model has others, or none")
+
+    def check_editable(self) -> None:
+        """ValueError unless the model has these hooks and this thread's passes see what is published."""
+        self.check_installed()
+        self._versions.check_not_viewed()
 
     def forget_pass(self) -> None:
         """For callers outside any forward pass of this thread: what a pass that Ctrl-C ended had pinned is let go."""

@@ -6,22 +6,20 @@ The base layer is called or read, never written: its weight is the model's own s
 add lives in one immutable `HookState`, published with those of the model's other hooks as one value
 (`Versions`), so a forward pass sees either the old edit set or the new one, never a mixture.
 
-How edit sets per tenant would fit: a state is a value, so a batch that mixes tenants needs a table of states
-and a row index beside `x`. `U`, `B` and the threshold then gain a leading tenant dimension (zero rows pad
-smaller ranks, which changes no norm), the operator takes `tenant` `[tokens]`, and `forward` still reads one
-immutable object: the table.
+Where a batch mixes edit sets (`Hooks.select`), `Served.rows` names the state of each of its rows.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from coachhook_fast.base_layer import features, load_as_base, plain_weight, save_as_base, serving_placement
 from coachhook_fast.delta import LowRankDelta
 from coachhook_fast.gate import carried_gate
 from coachhook_fast.ops import gated_linear as ops
@@ -79,10 +77,17 @@ class HookState:
 
 @dataclass(frozen=True)
 class Served:
-    """What one hook does in a forward pass."""
+    """What one hook does in a forward pass.
+
+    Attributes:
+        rows: the state of each row of the batch (None: the base alone), where rows differ; see `Hooks.select`.
+        tenants: states by name that rows may be given.
+    """
 
     state: HookState
     mode: str
+    rows: tuple[HookState | None, ...] | None = None
+    tenants: Mapping[str, HookState] = field(default_factory=dict)
 
 
 class HookLinear(nn.Module):
@@ -124,19 +129,19 @@ class HookLinear(nn.Module):
         if miss_probability is not None and not 0.0 < miss_probability < 0.5:
             raise ValueError(f"miss_probability must lie between 0 and 0.5, or be None, got {miss_probability}")
         self.base_layer = base_layer
-        self.in_features, self.out_features = _features(base_layer)
+        self.in_features, self.out_features = features(base_layer)
         self.gate = gate
         self.index = index
         self.miss_probability = miss_probability
         self.reserve = 0
         self.context: SequenceSource | None = None
-        dtype, device = _serving_placement(base_layer, torch.float32)
+        dtype, device = serving_placement(base_layer, torch.float32)
         empty = LowRankDelta.zeros(self.out_features, self.in_features, dtype=dtype, device=device)
         self._versions = Versions([Served(self._make_state(empty, math.inf, None), "gated")])
         self._position = 0
         # Checkpoints of an edited model are those of its base: the edits are saved as an edit set.
-        self.register_state_dict_post_hook(_save_as_base)
-        self.register_load_state_dict_pre_hook(_load_as_base)
+        self.register_state_dict_post_hook(save_as_base)
+        self.register_load_state_dict_pre_hook(load_as_base)
 
     # ---------------------------------------------------------------- the edit set
 
@@ -179,7 +184,7 @@ class HookLinear(nn.Module):
             )
         if math.isnan(threshold):
             raise ValueError(f"threshold must be a number, got {threshold}")
-        dtype, device = _serving_placement(self.base_layer, delta.dtype)
+        dtype, device = serving_placement(self.base_layer, delta.dtype)
         return self._make_state(delta.to(dtype=dtype, device=device), threshold, moments)
 
     @property
@@ -202,6 +207,8 @@ class HookLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``[..., d]`` to ``[..., m]``. NaN in a token leaves the other tokens alone and raises nothing."""
         served = self.served
+        if served.rows is not None and served.mode == "gated":
+            return self._forward_rows(x, served.rows)
         state = served.state
         if served.mode == "off" or state.is_empty:
             return self.base_layer(x)
@@ -218,13 +225,35 @@ class HookLinear(nn.Module):
             return ops.correct(self.base_layer(x), x, state.U, state.B, fire)
         sequence = self._arguments(context, x)
         edits = (state.U, state.B, state.threshold, state.sketch, self.gate, *sequence)
-        weight = _plain_weight(self.base_layer)
+        weight = plain_weight(self.base_layer)
         if weight is not None and weight.dtype == state.B.dtype:
             out, _, after = ops.gated_linear(x, weight, self.base_layer.bias, *edits)  # type: ignore[arg-type]
         else:
             out, _, after = ops.gated_delta(self.base_layer(x), x, *edits)
         if context is not None and context.states is not None:
             context.store(self.index, after[:, None])
+        return out
+
+    def _forward_rows(self, x: Tensor, rows: tuple[HookState | None, ...]) -> Tensor:
+        """The base once for all of ``x`` ``[S, ..., d]``; then each edit set corrects its own rows.
+
+        Raises ValueError unless S is a multiple of len(rows): beams and several answers to a prompt repeat its row.
+        """
+        if x.dim() < 3 or x.shape[0] % len(rows):
+            raise ValueError(f"select() names {len(rows)} rows, the batch has activations of {tuple(x.shape)}")
+        repeats = x.shape[0] // len(rows)
+        places: dict[int, list[int]] = {}
+        states: dict[int, HookState] = {}
+        for row, state in enumerate(rows):
+            if state is not None and not state.is_empty:
+                states[id(state)] = state
+                places.setdefault(id(state), []).extend(range(row * repeats, (row + 1) * repeats))
+        out = self.base_layer(x)
+        for key, state in states.items():
+            own = torch.tensor(places[key], device=x.device)
+            edits = (state.U, state.B, state.threshold, state.sketch, self.gate, None, None, None)
+            corrected, _, _ = ops.gated_delta(out[own], x[own], *edits)
+            out = out.index_copy(0, own, corrected)
         return out
 
     @torch.no_grad()
@@ -305,10 +334,19 @@ class HookLinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HookLinear:
         """`.to()`, `.half()`, `.cuda()`: the serving copy follows the base, the threshold stays precise."""
         super()._apply(fn, recurse)
-        state = self.served.state
-        delta = LowRankDelta(None if state.U is None else fn(state.U), fn(state.B))
-        moved = self._make_state(delta, float(state.threshold), state.moments)
-        self._versions.replace(self._position, lambda served: replace(served, state=moved))
+
+        def moved(state: HookState) -> HookState:
+            delta = LowRankDelta(None if state.U is None else fn(state.U), fn(state.B))
+            return self._make_state(delta, float(state.threshold), state.moments)
+
+        self._versions.replace(
+            self._position,
+            lambda served: replace(
+                served,
+                state=moved(served.state),
+                tenants={name: moved(state) for name, state in served.tenants.items()},
+            ),
+        )
         return self
 
     def extra_repr(self) -> str:
@@ -324,58 +362,3 @@ def check_mode(mode: str) -> None:
     """ValueError unless `mode` is one of MODES."""
     if mode not in MODES:
         raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
-
-
-def _save_as_base(_: nn.Module, tensors: dict[str, Any], prefix: str, __: Any) -> None:
-    inner = f"{prefix}base_layer."
-    for name in [name for name in tensors if name.startswith(inner)]:
-        tensors[prefix + name.removeprefix(inner)] = tensors.pop(name)
-
-
-def _load_as_base(module: nn.Module, tensors: dict[str, Any], prefix: str, *_: Any) -> None:
-    base: Any = module.base_layer
-    for name in base.state_dict():
-        if prefix + name in tensors:
-            tensors[f"{prefix}base_layer.{name}"] = tensors.pop(prefix + name)
-
-
-def _is_conv1d(base: nn.Module) -> bool:
-    """transformers' Conv1D, known by its attributes: weight ``[d, m]``, output ``addmm(bias, x, weight)``."""
-    return type(base).__name__ == "Conv1D" and hasattr(base, "nf")
-
-
-def _plain_weight(base: nn.Module) -> Tensor | None:
-    """The weight ``[m, d]`` (a view) that one op may read instead of calling `base`.
-
-    None where only a call will do: subclasses, quantised or adapted layers, a replaced `forward`
-    (accelerate's offloading), hooks of the user's.
-    """
-    if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or "forward" in base.__dict__:
-        return None
-    if type(base) is not nn.Linear and not _is_conv1d(base):
-        return None
-    weight = base.weight
-    if type(weight) is not nn.Parameter or not weight.is_floating_point():
-        return None
-    return weight if type(base) is nn.Linear else weight.T
-
-
-def _features(base: nn.Module) -> tuple[int, int]:
-    """``(d, m)`` of a linear-like module."""
-    if _is_conv1d(base):
-        d, m = base.weight.shape  # type: ignore[union-attr,misc]
-        return int(d), int(m)
-    d, m = getattr(base, "in_features", None), getattr(base, "out_features", None)
-    if not isinstance(d, int) or not isinstance(m, int):
-        raise TypeError(f"base_layer must tell in_features and out_features, got {type(base).__name__}")
-    return d, m
-
-
-def _serving_placement(base: nn.Module, dtype: torch.dtype) -> tuple[torch.dtype, torch.device]:
-    """dtype and device of the serving copy: the base's first floating tensor's; `dtype` where it has none."""
-    device = torch.device("cpu")
-    for tensor in (*base.parameters(), *base.buffers()):
-        device = tensor.device
-        if tensor.is_floating_point():
-            return tensor.dtype, device
-    return dtype, device

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from coachhook_fast.config import EditConfig
 from coachhook_fast.edit_set import EditOutcome
 from coachhook_fast.request import TokenisedRequest
 from coachhook_fast.targets import Target
@@ -35,8 +36,17 @@ def outcomes_of(
     )
 
 
-def warn_of_weak(outcomes: Sequence[EditOutcome]) -> None:
+# What lets more subjects through, by the rule that set τ.
+_REMEDIES = {
+    "own_keys": "lower threshold_own",
+    "zscore": "lower threshold_z",
+    "fpr": "raise threshold_fpr",
+}
+
+
+def warn_of_weak(outcomes: Sequence[EditOutcome], config: EditConfig) -> None:
     """One EditWarning for each request with more than RESIDUAL_LEFT_LIMIT left, or that holds in context only."""
+    remedy = "lower alpha" if config.gate == "sequence" else _REMEDIES[config.threshold_rule]
     for outcome in outcomes:
         if outcome.in_context_only:
             warnings.warn(
@@ -52,7 +62,7 @@ def warn_of_weak(outcomes: Sequence[EditOutcome]) -> None:
                 f"edit {outcome.request.text!r} -> {outcome.request.target_new!r} did not go in: "
                 f"{outcome.residual_left:.0%} of its residual is left. Insertion strength s a layer: {strengths} (it "
                 "takes s / (1 + s): where s is small, lower mom2_update_weight); where s is large the gate keeps the "
-                "subject out (coachhook inspect shows it): lower threshold_own",
+                f"subject out (coachhook inspect shows it): {remedy}",
                 EditWarning,
                 stacklevel=3,
             )

@@ -34,7 +34,7 @@ from coachhook_fast.config import EditConfig
 from coachhook_fast.delta import LowRankDelta
 from coachhook_fast.edit_set import Batch, EditOutcome, EditSet, LayerUpdate
 from coachhook_fast.gate import Threshold
-from coachhook_fast.hooks import Hooks
+from coachhook_fast.hooks import DEFAULT, Hooks, hooks_of
 from coachhook_fast.models import fingerprint
 from coachhook_fast.request import EditRequest
 
@@ -43,6 +43,7 @@ MANIFEST = "edit_set.json"
 LOCK = ".lock"
 _OURS = re.compile(r"(weights|batch)-[0-9a-f]{16}(\.safetensors|\.\d+\.tmp)|edit_set\.json\.\d+\.tmp")
 _FIELDS = {"format", "model", "config", "contexts", "thresholds", "weights", "batches"}
+_NEWER_FIELDS = {"statistics"}  # sets written before they were there lack them
 _BATCH_FIELDS = {"id", "parent", "time", "seconds", "metrics", "alphas", "thresholds", "outcomes", "tensors"}
 
 
@@ -126,10 +127,21 @@ def _read_whole(folder: Path, read: Callable[[Path, Mapping[str, Any]], Any]) ->
     while True:
         manifest = read_manifest(folder)
         try:
-            return read(folder, manifest)
+            with parsing(folder):
+                return read(folder, manifest)
         except ValueError:
             if read_manifest(folder) == manifest:
                 raise
+
+
+@contextmanager
+def parsing(folder: Path) -> Iterator[None]:
+    """What a manifest of another shape than ours raises within it becomes a ValueError."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        kind = type(error).__name__
+        raise ValueError(f"{folder / MANIFEST} does not have the shape of an edit set: {kind} {error}") from error
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -144,7 +156,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         found = manifest.get("format") if isinstance(manifest, dict) else manifest
         raise ValueError(f"{path} has format {found!r}, this version reads {FORMAT}")
-    if set(manifest) - {"statistics"} != _FIELDS:
+    if set(manifest) - _NEWER_FIELDS != _FIELDS:
         raise ValueError(f"{path} has the fields {sorted(manifest)}, expected {sorted(_FIELDS)}")
     return manifest
 
@@ -215,29 +227,43 @@ def local_folder(name: str | Path, *, token: str | None = None) -> Path:
         raise ValueError(f"edits {str(name)!r} is neither a folder nor a repository of the hub: {error}") from error
 
 
-def load_edits(model: nn.Module, folder: str | Path, *, check: bool = True) -> nn.Module:
+def load_edits(model: nn.Module, folder: str | Path, *, name: str = DEFAULT, check: bool = True) -> nn.Module:
     """Installs the edit set of `folder` into `model` and returns it; see `model.coachhook` for its switches.
 
     Args:
         model: the base model, in the dtype it was edited in, or in fp32 or bf16.
         folder: of a saved edit set, or the name of a repository on the Hugging Face hub.
+        name: other than DEFAULT, the edit set serves only the rows that `model.coachhook.select` gives to that name; it
+            may join others, whose layers it must share.
         check: compare the base model's fingerprint; switch it off for quantised or fp16 copies of the right model only.
 
     Raises:
-        ValueError: the folder holds no edit set, or one of another base model; the model is unchanged then.
+        ValueError: the folder holds no edit set, or one of another base model; the model has one already (DEFAULT), or
+            others that this one does not fit; the model is unchanged then.
     """
     edit_set = load(local_folder(folder))
     if check:
         check_base(edit_set, fingerprint(model))
+    standing = hooks_of(model)
+    if standing is not None and (name != DEFAULT or standing.edit_set is None):
+        _serve(standing, name, edit_set)
+        return model
     config = edit_set.config
     layout = layout_of(model, layer_module_tmp=config.layer_module_tmp, rewrite_module_tmp=config.rewrite_module_tmp)
     hooks = Hooks(model, layout, edit_set.layers, config.gate)
     try:
-        hooks.publish(edit_set)
+        _serve(hooks, name, edit_set)
     except BaseException:
         hooks.unload()
         raise
     return model
+
+
+def _serve(hooks: Hooks, name: str, edit_set: EditSet) -> None:
+    if name == DEFAULT:
+        hooks.publish(edit_set)
+    else:
+        hooks.add_edits(name, edit_set)
 
 
 # -------------------------------------------------------------------- batches

@@ -88,7 +88,7 @@ def update_layers(
         old = edits.deltas[position]
         update = LayerUpdate(K, R.to(old.dtype), X.to(old.dtype))
         delta = old.append(update.residuals, update.directions)
-        own = torch.cat([*(batch.layers[position].keys.to(K) for batch in edits.batches), K], dim=1)
+        own = torch.cat([edits.own_keys(position).to(K), K], dim=1) if edits.batches else K
         edits = edits.with_layer(position, delta, threshold(position, delta, own))
         hooks.publish(edits)
         updates.append(update)

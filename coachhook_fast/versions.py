@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -19,11 +20,13 @@ Entry = TypeVar("Entry")
 
 
 class _Pass(threading.local):
-    """The pass that runs in this thread: how deeply passes are nested, and the entries they see."""
+    """The pass that runs in this thread: how deeply passes are nested, and the entries they see; and how this thread
+    views what is published."""
 
     def __init__(self) -> None:
         self.depth = 0
         self.entries: Any = None
+        self.view: Any = None
 
 
 class Versions(Generic[Entry]):
@@ -38,22 +41,43 @@ class Versions(Generic[Entry]):
     def current(self) -> tuple[Entry, ...]:
         """The entries pinned by this thread's pass, else the published ones."""
         pinned = self._pass.entries
-        return self._published if pinned is None else pinned
+        return self._viewed() if pinned is None else pinned
+
+    def _viewed(self) -> tuple[Entry, ...]:
+        view = self._pass.view
+        return self._published if view is None else view(self._published)
+
+    @contextmanager
+    def viewed(self, view: Callable[[tuple[Entry, ...]], tuple[Entry, ...]]) -> Iterator[None]:
+        """Within the block this thread's passes see `view` of what is published; blocks do not nest.
+
+        Raises:
+            ValueError: within another such block.
+        """
+        self.check_not_viewed()
+        self._pass.view = view
+        try:
+            yield
+        finally:
+            self._pass.view = None
+
+    def check_not_viewed(self) -> None:
+        """ValueError within a `viewed` block of this thread."""
+        if self._pass.view is not None:
+            raise ValueError("this thread has selected edit sets for the rows of its batches: leave select() first")
 
     def published(self) -> tuple[Entry, ...]:
         return self._published
 
-    def publish(self, entries: Sequence[Entry]) -> None:
-        """Later passes see `entries`; those under way go on with what they have."""
+    def change(self, change: Callable[[int, Entry], Entry]) -> None:
+        """Publishes `change(position, entry)` of every entry: later passes see all of it, those under way go on with
+        what they have."""
         with self._lock:
-            self._published = tuple(entries)
+            self._published = tuple(change(position, entry) for position, entry in enumerate(self._published))
 
     def replace(self, position: int, change: Callable[[Entry], Entry]) -> None:
         """Publishes the current entries with one of them changed."""
-        with self._lock:
-            entries = list(self._published)
-            entries[position] = change(entries[position])
-            self._published = tuple(entries)
+        self.change(lambda other, entry: change(entry) if other == position else entry)
 
     def pin(self, outer: Callable[[], int]) -> None:
         """A pass begins in this thread; one within another sees what the outer one sees.
@@ -67,7 +91,7 @@ class Versions(Generic[Entry]):
         if self._pass.depth > 0:
             self._pass.depth = max(0, outer())
         if self._pass.depth == 0:
-            self._pass.entries = self._published
+            self._pass.entries = self._viewed()
         self._pass.depth += 1
 
     def unpin(self) -> None:

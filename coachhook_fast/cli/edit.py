@@ -52,21 +52,25 @@ def run(arguments: argparse.Namespace) -> Report:
     from coachhook_fast.editor import Editor
 
     editor = Editor(model, tokenizer, config, edits=arguments.edits)
-    _check_lengths(records, editor)
+    records = _editable(records, editor, skipped if arguments.skip_invalid else None)
+    if not records:
+        raise ValueError(f"{arguments.facts} holds no fact that this model can take")
     requests = _not_yet_edited(records, editor)
     held = len(records) - len(requests)
     if held:
         common.note(f"{held} of {len(records)} facts are edited already")
-    if requests:
-        editor.collect_statistics(arguments.corpus)
     size = arguments.batch_size
-    starts = range(0, len(requests), size)
-    batches = []
-    for number, start in enumerate(starts, 1):
-        common.note(f"batch {number} of {len(starts)}")
-        batches.append(editor.edit(requests[start : start + size]))
+    planned = [requests[start : start + size] for start in range(0, len(requests), size)]
+    for number, batch in enumerate(planned, 1):
+        _check(f"batch {number}", batch, editor)
+    if planned:
+        editor.collect_statistics(arguments.corpus)
+    else:  # --out may be another folder than --edits
         editor.save_pretrained(out)
-    if not batches:  # nothing is left to edit, and --out may be another folder
+    batches = []
+    for number, batch in enumerate(planned, 1):
+        common.note(f"batch {number} of {len(planned)}")
+        batches.append(editor.edit(batch))
         editor.save_pretrained(out)
     return _report(out, editor, batches, held, skipped)
 
@@ -88,18 +92,31 @@ def output_folder(out: Path | None, edits: Path | None) -> Path:
     return folder
 
 
-def _check_lengths(records: Sequence[EditRecord], editor: Editor) -> None:
-    """ValueError naming the first fact that no batch could take, before the first batch is edited."""
+def _check(what: str, requests: Sequence[EditRequest], editor: Editor) -> None:
+    """ValueError that begins with `what` unless `Editor.edit` would take `requests` as a batch."""
     from coachhook_fast.models import context_length
     from coachhook_fast.request import tokenise_batch
 
-    limit = context_length(editor.model)
+    try:
+        tokenise_batch(requests, editor.tokenizer, editor.edit_set.contexts, context_length(editor.model))
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from None
+
+
+def _editable(records: Sequence[EditRecord], editor: Editor, skipped: list[str] | None) -> list[EditRecord]:
+    """The records that this model can take; others go to `skipped`, where that is None the first raises ValueError."""
+    kept = []
     for number, record in enumerate(records):
         try:
-            tokenise_batch([record.request], editor.tokenizer, editor.edit_set.contexts, limit)
+            _check(f"fact {number} (case {record.request.case_id})", [record.request], editor)
         except ValueError as error:
-            case = record.request.case_id
-            raise ValueError(f"fact {number} (case {case}) cannot be edited: {error}") from None
+            if skipped is None:
+                raise
+            skipped.append(str(error))
+            common.note(f"left out {error}")
+        else:
+            kept.append(record)
+    return kept
 
 
 def _not_yet_edited(records: Sequence[EditRecord], editor: Editor) -> list[EditRequest]:

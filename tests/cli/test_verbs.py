@@ -1,4 +1,4 @@
-"""The command line, from a model folder to a rolled-back edit set: results on stdout, exit codes, one-line errors."""
+"""The command line, from a model folder to a rolled-back edit set: results on stdout, `--json`, files."""
 
 from __future__ import annotations
 
@@ -6,88 +6,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from tiny import tiny_facts, tiny_model, tiny_texts, tiny_tokenizer
+from cli_cases import QUICK, edits, facts, fails, model, out, run_json, run_text
+from tiny import tiny_facts, tiny_texts
 
 from coachhook_fast.cli import VERBS, main
 from coachhook_fast.cli.common import _layers, _value
-
-QUICK = ["--set", "v_num_grad_steps=3", "--set", "mom2_n_tokens=600", "--set", "threshold_keys=64", "--layers", "1,2"]
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model folder, a fact file and an edit set of two batches."""
-    home = tmp_path_factory.mktemp("cli")
-    tiny_model("llama").save_pretrained(home / "model")
-    tiny_tokenizer().save_pretrained(home / "model")
-    neighbours = [f"{fact['subject']} is" for fact in tiny_facts(8, seed=1)]
-    lines = [
-        {**fact, "rephrase_prompts": [f"People say that {fact['subject']} is"], "locality_prompts": [neighbour]}
-        for fact, neighbour in zip(tiny_facts(6), neighbours, strict=False)
-    ]
-    (home / "facts.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("COACHHOOK_CACHE", str(home / "cache"))
-        code = main(
-            ["edit", *model(home), *facts(home), *QUICK, "--batch-size", "2", "--limit", "4", *out(home, "edits")]
-        )
-    assert code == 0
-    return home
-
-
-@pytest.fixture(autouse=True)
-def cache(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COACHHOOK_CACHE", str(home / "cache"))
-
-
-def model(home: Path) -> list[str]:
-    return ["--model", str(home / "model"), "--device", "cpu"]
-
-
-def facts(home: Path) -> list[str]:
-    return ["--facts", str(home / "facts.jsonl")]
-
-
-def edits(home: Path) -> list[str]:
-    return ["--edits", str(home / "edits")]
-
-
-def out(home: Path, name: str) -> list[str]:
-    return ["--out", str(home / name)]
-
-
-def run_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
-    """What a command prints on stdout under --json, which must be JSON and nothing else."""
-    capsys.readouterr()
-    assert main([*arguments, "--json"]) == 0
-    return json.loads(capsys.readouterr().out)
-
-
-def run_text(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    capsys.readouterr()
-    assert main(arguments) == 0
-    return capsys.readouterr().out
-
-
-def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """The error line of a command that must refuse its input."""
-    capsys.readouterr()
-    try:
-        code: Any = main(arguments)
-    except SystemExit as end:  # argparse leaves this way
-        code = end.code
-    captured = capsys.readouterr()
-    assert code == 2
-    assert captured.out == ""
-    assert "Traceback" not in captured.err
-    line = captured.err.strip().splitlines()[-1]
-    assert line.startswith(f"coachhook {arguments[0]}: error: ")
-    return line
-
 
 # -------------------------------------------------------------------- help
 
@@ -233,71 +158,10 @@ def test_log_and_rollback(home: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "removed batch" in run_text(capsys, "rollback", *model(home), "--edits", str(home / "less"), second)
 
 
-# -------------------------------------------------------------------- bad input
-
-
-def test_argument_errors_are_one_line(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "--model" in fails(capsys, "edit")
-    assert "must be an integer of at least 1, got '0'" in fails(capsys, "edit", "--batch-size", "0")
-    assert "invalid choice" in fails(capsys, "edit", "--gate", "none")
-    with pytest.raises(SystemExit) as end:
-        main(["frobnicate"])
-    assert end.value.code == 2
-
-
-@pytest.mark.parametrize(
-    ("extra", "message"),
-    [
-        (["--set", "v_lr"], "--set must be KEY=VALUE, got 'v_lr'"),
-        (["--set", "v_lr=fast"], "v_lr must be a number, got 'fast'"),
-        (["--set", "speed=3"], r"unknown setting(s) ['speed']"),
-        (["--layers", "four"], "--layers must be block numbers such as 4,5,6 or 4-8, got 'four'"),
-        (["--layers", "2,1"], "layers must be ascending"),
-        (["--layers", "99"], "layers [99] are out of range: the model has blocks 0 to 4"),
-        (["--dtype", "float99"], "dtype must name a"),
-        (["--device", "warp"], "on device 'warp'"),
-        (["--set", "context_seeds=The"], "context_seeds must be a list, got 'The'"),
-        (["--config", "nowhere.yaml"], "nowhere.yaml"),
-        (["--facts", "nowhere.json"], "nowhere.json"),
-        (["--model", "nowhere"], "model 'nowhere'"),
-    ],
-)
-def test_bad_edit_arguments(
-    home: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    extra: list[str],
-    message: str,
-) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # no hub, so no retries
-    # Later arguments win, so that `extra` may replace the good ones.
-    assert message in fails(capsys, "edit", *model(home), *facts(home), *out(home, "never"), *extra)
-    assert not (home / "never").exists()
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the device is there")
-def test_a_device_that_is_not_there(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["generate", "--model", str(home / "model"), "--device", "cuda", "x"]
-    assert "on device 'cuda'" in fails(capsys, *arguments)
-
-
 def test_a_copy_with_nothing_to_edit_is_still_written(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["edit", *model(home), *facts(home), "--limit", "4", *edits(home), *out(home, "copy")]
     assert run_json(capsys, *arguments)["edits"] == []
     assert len(run_json(capsys, "log", "--edits", str(home / "copy"))["batches"]) == 2
-
-
-def test_facts_that_no_batch_can_take_stop_before_the_first(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    good, bad = tiny_facts(2)
-    path = home / "long.jsonl"
-    path.write_text("\n".join(map(json.dumps, [good, {**bad, "prompt": "word " * 400 + "{}"}])))
-    arguments = ["edit", *model(home), "--facts", str(path), *QUICK, "--batch-size", "1", *out(home, "long")]
-    assert "fact 1 (case" in fails(capsys, *arguments)
-    assert not (home / "long").exists()
-
-
-def test_text_that_outgrows_the_context(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "exceed the model's context" in fails(capsys, "generate", *model(home), "--max-new-tokens", "9999", "hello")
 
 
 def test_a_config_file_changes_only_what_it_names(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -319,52 +183,6 @@ def test_a_prompt_that_a_file_changes_twice_keeps_its_last_answer(
     assert [line["target_new"] for line in run_json(capsys, *arguments)["edits"]] == ["pilot", "baker"]
     again = ["edit", *model(home), "--facts", str(path), "--edits", str(home / "twice")]
     assert run_json(capsys, *again)["edits"] == []
-
-
-def test_edit_never_overwrites_an_edit_set(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    message = fails(capsys, "edit", *model(home), *facts(home), *out(home, "edits"))
-    assert "holds an edit set already" in message
-    assert "--out DIR is needed" in fails(capsys, "edit", *model(home), *facts(home))
-    assert "is not a folder" in fails(capsys, "edit", *model(home), *facts(home), *out(home, "facts.jsonl"))
-    other_layers = fails(capsys, "edit", *model(home), *facts(home), *edits(home), "--layers", "3")
-    assert "were made with (1, 2)" in other_layers
-
-
-def test_invalid_facts_raise_or_are_counted(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    good, bad = tiny_facts(2)
-    path = home / "mixed.jsonl"
-    path.write_text("\n".join(map(json.dumps, [good, {**bad, "target_new": ""}])))
-    arguments = ["eval", *model(home), "--facts", str(path), "--metrics", "accuracy"]
-    assert "record 1: EditRequest.target_new is empty" in fails(capsys, *arguments)
-    data = run_json(capsys, *arguments, "--skip-invalid")
-    assert (data["edits"], data["skipped"]) == (1, 1)
-    path.write_text(json.dumps({**bad, "target_new": ""}))
-    assert "holds no valid edit" in fails(capsys, *arguments, "--skip-invalid")
-
-
-def test_other_bad_input(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "holds no edit set" in fails(capsys, "log", "--edits", str(home))
-    assert "is not in the ledger" in fails(capsys, "rollback", *model(home), *edits(home), "nothing")
-    assert "PROMPT is empty" in fails(capsys, "generate", *model(home), " ")
-    assert "--ungated needs --edits" in fails(capsys, "eval", *model(home), *facts(home), "--ungated")
-    assert "['beauty']" in fails(capsys, "eval", *model(home), *facts(home), "--metrics", "beauty")
-    assert "NAME must be one of" in fails(capsys, "bench", "nothing")
-    tiny_model("llama", seed=1).save_pretrained(home / "stranger")
-    tiny_tokenizer().save_pretrained(home / "stranger")
-    strange = ["--model", str(home / "stranger")]
-    assert "another base model" in fails(capsys, "generate", *strange, *edits(home), "x")
-    assert "another base model" in fails(capsys, "edit", *strange, *facts(home), *edits(home))
-
-
-def test_ctrl_c_exits_130(home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    import coachhook_fast.store
-
-    def interrupt(_: Path) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(coachhook_fast.store, "read_manifest", interrupt)
-    assert main(["log", *edits(home)]) == 130
-    assert capsys.readouterr().err == "coachhook log: interrupted\n"
 
 
 def test_values_and_layers() -> None:

@@ -1,0 +1,158 @@
+"""The command line refuses bad input with one line on stderr and exit code 2, before anything is changed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cli_cases import QUICK, edits, facts, fails, model, out, run_json
+from tiny import tiny_facts, tiny_model, tiny_tokenizer
+
+from coachhook_fast.cli import main
+
+
+def test_argument_errors_are_one_line(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--model" in fails(capsys, "edit")
+    assert "must be an integer of at least 1, got '0'" in fails(capsys, "edit", "--batch-size", "0")
+    assert "invalid choice" in fails(capsys, "edit", "--gate", "none")
+    with pytest.raises(SystemExit) as end:
+        main(["frobnicate"])
+    assert end.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--set", "v_lr"], "--set must be KEY=VALUE, got 'v_lr'"),
+        (["--set", "v_lr=fast"], "v_lr must be a number, got 'fast'"),
+        (["--set", "speed=3"], r"unknown setting(s) ['speed']"),
+        (["--layers", "four"], "--layers must be block numbers such as 4,5,6 or 4-8, got 'four'"),
+        (["--layers", "2,1"], "layers must be ascending"),
+        (["--layers", "99"], "layers [99] are out of range: the model has blocks 0 to 4"),
+        (["--dtype", "float99"], "dtype must name a"),
+        (["--device", "warp"], "on device 'warp'"),
+        (["--set", "context_seeds=The"], "context_seeds must be a list, got 'The'"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["--facts", "nowhere.json"], "nowhere.json"),
+        (["--model", "nowhere"], "model 'nowhere'"),
+    ],
+)
+def test_bad_edit_arguments(
+    home: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    extra: list[str],
+    message: str,
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # no hub, so no retries
+    # Later arguments win, so that `extra` may replace the good ones.
+    assert message in fails(capsys, "edit", *model(home), *facts(home), *out(home, "never"), *extra)
+    assert not (home / "never").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the device is there")
+def test_a_device_that_is_not_there(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["generate", "--model", str(home / "model"), "--device", "cuda", "x"]
+    assert "on device 'cuda'" in fails(capsys, *arguments)
+
+
+def test_facts_that_no_batch_can_take_stop_before_the_first(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good, bad = tiny_facts(2)
+    path = home / "long.jsonl"
+    path.write_text("\n".join(map(json.dumps, [good, {**bad, "prompt": "word " * 400 + "{}"}])))
+    arguments = ["edit", *model(home), "--facts", str(path), *QUICK, "--batch-size", "1", *out(home, "long")]
+    assert "fact 1 (case" in fails(capsys, *arguments)
+    assert not (home / "long").exists()
+    data = run_json(capsys, *arguments, "--skip-invalid")
+    assert (len(data["edits"]), len(data["skipped"])) == (1, 1)
+    path.write_text(json.dumps({**bad, "prompt": "word " * 400 + "{}"}))
+    assert "holds no fact that this model can take" in fails(
+        capsys, *arguments[:-1], str(home / "none"), "--skip-invalid"
+    )
+
+
+def test_a_batch_that_contradicts_itself_stops_before_the_first(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = tiny_facts(2)
+    path = home / "contradiction.jsonl"
+    path.write_text("\n".join(map(json.dumps, [first, second, first, {**first, "target_new": "sailor"}])))
+    arguments = ["edit", *model(home), "--facts", str(path), *QUICK, "--batch-size", "2", *out(home, "contradiction")]
+    assert "batch 2: requests[1]" in fails(capsys, *arguments)
+    assert not (home / "contradiction").exists()
+
+
+def test_text_that_outgrows_the_context(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "exceed the model's context" in fails(capsys, "generate", *model(home), "--max-new-tokens", "9999", "hello")
+
+
+def test_edit_never_overwrites_an_edit_set(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = fails(capsys, "edit", *model(home), *facts(home), *out(home, "edits"))
+    assert "holds an edit set already" in message
+    assert "--out DIR is needed" in fails(capsys, "edit", *model(home), *facts(home))
+    assert "is not a folder" in fails(capsys, "edit", *model(home), *facts(home), *out(home, "facts.jsonl"))
+    other_layers = fails(capsys, "edit", *model(home), *facts(home), *edits(home), "--layers", "3")
+    assert "were made with (1, 2)" in other_layers
+
+
+def test_invalid_facts_raise_or_are_counted(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good, bad = tiny_facts(2)
+    path = home / "mixed.jsonl"
+    path.write_text("\n".join(map(json.dumps, [good, {**bad, "target_new": ""}])))
+    arguments = ["eval", *model(home), "--facts", str(path), "--metrics", "accuracy"]
+    assert "record 1: EditRequest.target_new is empty" in fails(capsys, *arguments)
+    data = run_json(capsys, *arguments, "--skip-invalid")
+    assert (data["edits"], data["skipped"]) == (1, 1)
+    path.write_text(json.dumps({**bad, "target_new": ""}))
+    assert "holds no valid edit" in fails(capsys, *arguments, "--skip-invalid")
+
+
+def test_other_bad_input(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "holds no edit set" in fails(capsys, "log", "--edits", str(home))
+    assert "is not in the ledger" in fails(capsys, "rollback", *model(home), *edits(home), "nothing")
+    assert "PROMPT is empty" in fails(capsys, "generate", *model(home), " ")
+    assert "--ungated needs --edits" in fails(capsys, "eval", *model(home), *facts(home), "--ungated")
+    assert "['beauty']" in fails(capsys, "eval", *model(home), *facts(home), "--metrics", "beauty")
+    assert "NAME must be one of" in fails(capsys, "bench", "nothing")
+    tiny_model("llama", seed=1).save_pretrained(home / "stranger")
+    tiny_tokenizer().save_pretrained(home / "stranger")
+    strange = ["--model", str(home / "stranger")]
+    assert "another base model" in fails(capsys, "generate", *strange, *edits(home), "x")
+    assert "another base model" in fails(capsys, "edit", *strange, *facts(home), *edits(home))
+
+
+def test_ctrl_c_exits_130(home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    import coachhook_fast.store
+
+    def interrupt(_: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(coachhook_fast.store, "read_manifest", interrupt)
+    assert main(["log", *edits(home)]) == 130
+    assert capsys.readouterr().err == "coachhook log: interrupted\n"
+
+
+@pytest.mark.parametrize("verb", ["log", "generate"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda manifest: manifest["batches"][0].pop("outcomes"),
+        lambda manifest: manifest["batches"][0]["outcomes"][0].pop("request"),
+        lambda manifest: manifest.update(batches=3),
+        lambda manifest: manifest["batches"].append("batch"),
+    ],
+    ids=["no outcomes", "no request", "batches are a number", "a batch is a text"],
+)
+def test_a_manifest_changed_by_hand(
+    home: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, verb: str, damage: Callable[[Any], Any]
+) -> None:
+    folder = tmp_path / "edits"
+    shutil.copytree(home / "edits", folder)
+    manifest = json.loads((folder / "edit_set.json").read_text())
+    damage(manifest)
+    (folder / "edit_set.json").write_text(json.dumps(manifest))
+    arguments = {"log": [], "generate": [*model(home), "x"]}[verb]
+    assert str(folder) in fails(capsys, verb, *arguments, "--edits", str(folder))
