@@ -86,9 +86,9 @@ class EditConfig:
     gate: str = "calibrated"
     alpha: float = 2.2
     threshold_rule: str = "own_keys"
-    threshold_own: float = 0.7
+    threshold_own: float = 0.8
     threshold_z: float = 8.0
-    threshold_fpr: float = 1e-3
+    threshold_fpr: float = 3e-3
     threshold_keys: int = 4096
     context_seeds: tuple[str, ...] = ("The",)
     context_tokens: int = 10
