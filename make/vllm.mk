@@ -18,4 +18,4 @@ setup-vllm: $(VENV_VLLM)/.ready  ## Virtual environment with vLLM for CPU, in .v
 
 test-vllm: $(VENV_VLLM)/.ready  ## The vLLM plugin against transformers, on SmolLM2 with real edits
 	$(BIN)/python tests/vllm/prepare.py $(VLLM_WORK)
-	COACHHOOK_VLLM_WORK=$(VLLM_WORK) $(VENV_VLLM)/bin/pytest --import-mode=importlib -q --confcutdir=tests/vllm tests/vllm
+	COACHHOOK_VLLM_WORK=$(VLLM_WORK) $(VENV_VLLM)/bin/pytest --import-mode=importlib -q --confcutdir=tests/vllm tests/vllm --durations=8

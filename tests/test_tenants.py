@@ -128,7 +128,10 @@ class TestBadInput:
     @pytest.mark.parametrize("rows", [[], "a", ["c"], ["a", "c"]])
     def test_rows(self, rows: Any) -> None:
         model = tenants()
-        with pytest.raises(ValueError, match=r"rows must be a list|name 'c' is not among"), model.coachhook.select(rows):
+        with (
+            pytest.raises(ValueError, match=r"rows must be a list|name 'c' is not among"),
+            model.coachhook.select(rows),
+        ):
             pass
         assert torch.equal(logits(model), expected("default"))
 

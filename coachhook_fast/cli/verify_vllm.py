@@ -30,7 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> Report:
     import importlib.util
 
-    if importlib.util.find_spec("vllm") is None:
+    found = importlib.util.find_spec("vllm")
+    if found is None or found.origin is None:  # without origin: some folder of that name
         raise ValueError("vLLM is not installed in this environment: pip install 'coachhook-fast[vllm]'")
     from coachhook_fast.store import load_edits
 
@@ -45,6 +46,10 @@ def run(arguments: argparse.Namespace) -> Report:
     rows: list[dict[str, Any]] = []
     for mode in arguments.mode or MODES:
         row: dict[str, Any] = {"mode": mode, "prompts": len(prompts), "tokens": sum(map(len, certain))}
+        rows.append(row)
+        if mode == "tensor parallel" and (skipped := _unshareable(model.config)):
+            row["skipped"] = skipped
+            continue
         try:
             report, _ = run_mode(mode, str(model.config._name_or_path), str(arguments.edits), prompts)
             row["different"] = sorted(
@@ -52,15 +57,22 @@ def run(arguments: argparse.Namespace) -> Report:
             )
         except RuntimeError as error:
             row["error"] = str(error)
-        rows.append(row)
-    agree = all(row.get("different") == [] for row in rows)
+    agree = all(row.get("different") == [] or "skipped" in row for row in rows)
 
     def show(console: Console) -> None:
         for row in rows:
-            if "error" in row:
+            if "skipped" in row:
+                verdict = f"skipped, {row['skipped']}"
+            elif "error" in row:
                 verdict = row["error"].splitlines()[0]
             else:
                 verdict = f"prompts {row['different']} differ" if row["different"] else "equal"
             console.print(f"{row['mode']}: {row['tokens']} tokens of {row['prompts']} prompts: {verdict}", markup=False)
 
     return Report({"agree": agree, "modes": rows}, show)
+
+
+def _unshareable(config: Any) -> str:
+    """Why two ranks cannot share the model's heads, "" where they can."""
+    heads = config.num_attention_heads
+    return f"{heads} attention heads cannot be shared by two ranks" if heads % 2 else ""
