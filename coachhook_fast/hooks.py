@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -13,12 +13,14 @@ from torch import nn
 
 from coachhook_fast.architectures import Layout, down_projection_size
 from coachhook_fast.edit_set import EditSet
-from coachhook_fast.integrations.transformers import SequenceTracker
-from coachhook_fast.layer import HookLinear, HookState, check_mode
+from coachhook_fast.integrations.transformers import SequenceTracker, wrap_method
+from coachhook_fast.layer import HookLinear, check_mode
+from coachhook_fast.states import HookState, RowStates
 from coachhook_fast.versions import Versions
 
 ATTRIBUTE = "coachhook"
 DEFAULT = "default"
+_BATCHING = "init_continuous_batching"
 
 
 class Hooks:
@@ -50,6 +52,7 @@ class Hooks:
         ]
         for layer, hook in zip(self.layers, self.hooks, strict=True):
             self._place(layer, hook)
+        self._wrapped = gate == "calibrated" and wrap_method(model, _BATCHING, _refuse_selections)
         self.edit_set: EditSet | None = None
         self._disabled = 0  # `disabled()` blocks under way, of all threads
         self._modes_before: list[str] = []
@@ -71,8 +74,11 @@ class Hooks:
         if edit_set.config.gate != gate or edit_set.layers != self.layers:
             raise ValueError(
                 f"the hooks are on layers {self.layers} with the {gate} gate, the edit set is for layers "
-                f"{edit_set.layers} with {edit_set.config.gate}: load it with load_edits after unload()"
+                f"{edit_set.layers} with {edit_set.config.gate}: only load_edits after unload() takes it"
             )
+        module = edit_set.config.rewrite_module_tmp
+        if module not in (None, self.layout.rewrite_module_tmp):
+            raise ValueError(f"the hooks are on {self.layout.rewrite_module_tmp}, the edit set is for {module}")
         return [
             hook.serving_state(delta, threshold.value, moments=(threshold.mean, threshold.std))
             for hook, delta, threshold in zip(self.hooks, edit_set.deltas, edit_set.thresholds, strict=True)
@@ -93,14 +99,14 @@ class Hooks:
         """
         if not name or name == DEFAULT:
             raise ValueError(f"name must be a name other than {DEFAULT!r}, got {name!r}")
-        if self.hooks[0].gate != "calibrated":
-            raise ValueError("several edit sets need the calibrated gate: the sequence gate's state is of one edit set")
+        self.check_installed()
+        self._check_calibrated()
         states = self._states(edit_set)
         self._versions.change(lambda position, entry: replace(entry, tenants={**entry.tenants, name: states[position]}))
 
     def remove_edits(self, name: str) -> None:
         """Lets the edit set `name` go; blocks that have selected it go on with it. ValueError where there is none."""
-        self._check_name(name)
+        _check_name(name, self.tenants)
         self._versions.change(
             lambda _, entry: replace(entry, tenants={key: state for key, state in entry.tenants.items() if key != name})
         )
@@ -114,25 +120,30 @@ class Hooks:
         `num_return_sequences` make them. Rows share one pass of the base; each edit set's gate sees its own rows.
 
         Raises:
-            ValueError: an unknown name, no rows, within another `select`; in a forward pass, another number of rows.
+            ValueError: an unknown name, no rows, the `sequence` gate, unloaded hooks, within another `select`; from
+                `generate_batch`, which runs the model in its own thread; in a pass, another number of rows.
+            RuntimeError: at the end of a block that another thread ends, as a generator resumed elsewhere would.
         """
-        entries = self._versions.published()
-        if not rows or isinstance(rows, str):
+        self.check_installed()
+        self._check_calibrated()
+        names = rows if isinstance(rows, str) else tuple(rows)
+        if not names or not all(name is None or isinstance(name, str) for name in names) or isinstance(names, str):
             raise ValueError(f"rows must be a list with a name or None for each row, got {rows!r}")
-        for name in {*rows} - {None, DEFAULT}:
-            self._check_name(name)
+        entries = self._versions.published()
+        for name in {*names} - {None, DEFAULT}:
+            _check_name(name, entries[0].tenants.keys())
         chosen = [
-            tuple(None if name is None else entry.state if name == DEFAULT else entry.tenants[name] for name in rows)
-            for entry in entries
+            RowStates.of([None if n is None else e.state if n == DEFAULT else e.tenants[n] for n in names])
+            for e in entries
         ]
         with self._versions.viewed(
             lambda entries: tuple(replace(entry, rows=row) for entry, row in zip(entries, chosen, strict=True))
         ):
             yield
 
-    def _check_name(self, name: object) -> None:
-        if name not in self.tenants:
-            raise ValueError(f"name {name!r} is not among the edit sets {list(self.tenants)}: add_edits() it first")
+    def _check_calibrated(self) -> None:
+        if self.hooks[0].gate != "calibrated":
+            raise ValueError("several edit sets need the calibrated gate: the sequence gate's state is of one edit set")
 
     def reserve(self, rank: int) -> None:
         """Pads what is served to `rank` with zero rows, now and in later versions.
@@ -150,7 +161,8 @@ class Hooks:
             )
         for hook in self.hooks:
             hook.reserve = rank
-        if self.edit_set is not None:
+        self._versions.change(lambda position, entry: self.hooks[position].padded(entry))
+        if self.edit_set is not None:  # from the edit set itself: fewer rows than before are possible
             self.publish(self.edit_set)
 
     @property
@@ -197,6 +209,8 @@ class Hooks:
             self._tracker.remove()
         for handle in self._handles:
             handle.remove()
+        if self._wrapped:
+            del self.model.__dict__[_BATCHING]
         delattr(self.model, ATTRIBUTE)
         return self.model
 
@@ -223,6 +237,17 @@ class Hooks:
     def _place(self, layer: int, module: nn.Module) -> None:
         parent, _, name = self.layout.rewrite_module_tmp.format(layer).rpartition(".")
         setattr(self.model.get_submodule(parent), name, module)
+
+
+def _refuse_selections(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Continuous batching runs the model in another thread, which would not see this one's rows."""
+    model.coachhook.check_editable()
+    return type(model).init_continuous_batching(model, *args, **kwargs)
+
+
+def _check_name(name: str | None, known: Collection[str]) -> None:
+    if name not in known:
+        raise ValueError(f"name {name!r} is not among the edit sets {list(known)}: add_edits() it first")
 
 
 def _passes_under_way(model: nn.Module) -> int:

@@ -12,8 +12,8 @@ Where a batch mixes edit sets (`Hooks.select`), `Served.rows` names the state of
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -25,6 +25,7 @@ from coachhook_fast.gate import carried_gate
 from coachhook_fast.ops import gated_linear as ops
 from coachhook_fast.reference.gated_linear import accumulator_dtype, sequence_rows
 from coachhook_fast.sketch import make_sketch
+from coachhook_fast.states import HookState, RowStates, Served, changed_states
 from coachhook_fast.versions import Versions
 
 GATES = ("calibrated", "sequence")
@@ -58,36 +59,6 @@ class GateTrace:
     norm: Tensor
     z: Tensor
     fire: Tensor
-
-
-@dataclass(frozen=True)
-class HookState:
-    """One published edit set of a layer: the serving copy of the delta and its threshold."""
-
-    U: Tensor | None  # [m, r], None: B is Delta
-    B: Tensor  # [r, d]
-    sketch: Tensor | None  # [s, d]: decides most tokens of a large-rank `calibrated` gate
-    threshold: Tensor  # [] fp32 or fp64: tau or alpha; a tensor, so that a new value recompiles nothing
-    moments: tuple[float, float] | None  # mean and std of ||Delta k|| over ordinary text
-
-    @property
-    def is_empty(self) -> bool:
-        return self.B.shape[0] == 0
-
-
-@dataclass(frozen=True)
-class Served:
-    """What one hook does in a forward pass.
-
-    Attributes:
-        rows: the state of each row of the batch (None: the base alone), where rows differ; see `Hooks.select`.
-        tenants: states by name that rows may be given.
-    """
-
-    state: HookState
-    mode: str
-    rows: tuple[HookState | None, ...] | None = None
-    tenants: Mapping[str, HookState] = field(default_factory=dict)
 
 
 class HookLinear(nn.Module):
@@ -234,23 +205,10 @@ class HookLinear(nn.Module):
             context.store(self.index, after[:, None])
         return out
 
-    def _forward_rows(self, x: Tensor, rows: tuple[HookState | None, ...]) -> Tensor:
-        """The base once for all of ``x`` ``[S, ..., d]``; then each edit set corrects its own rows.
-
-        Raises ValueError unless S is a multiple of len(rows): beams and several answers to a prompt repeat its row.
-        """
-        if x.dim() < 3 or x.shape[0] % len(rows):
-            raise ValueError(f"select() names {len(rows)} rows, the batch has activations of {tuple(x.shape)}")
-        repeats = x.shape[0] // len(rows)
-        places: dict[int, list[int]] = {}
-        states: dict[int, HookState] = {}
-        for row, state in enumerate(rows):
-            if state is not None and not state.is_empty:
-                states[id(state)] = state
-                places.setdefault(id(state), []).extend(range(row * repeats, (row + 1) * repeats))
+    def _forward_rows(self, x: Tensor, rows: RowStates) -> Tensor:
+        """The base once for all of ``x`` ``[S, T, d]``; then each edit set corrects its own rows."""
         out = self.base_layer(x)
-        for key, state in states.items():
-            own = torch.tensor(places[key], device=x.device)
+        for state, own in rows.groups_in(x):
             edits = (state.U, state.B, state.threshold, state.sketch, self.gate, None, None, None)
             corrected, _, _ = ops.gated_delta(out[own], x[own], *edits)
             out = out.index_copy(0, own, corrected)
@@ -263,12 +221,13 @@ class HookLinear(nn.Module):
         z is the paper's under `sequence`; under `calibrated` it is (norm - mean) / std with the moments given
         to `set_delta`, NaN without them.
         """
-        state = self.served.state
-        norm = ops.delta_norm(x.to(state.B.dtype), state.B)
+        served = self.served
+        if served.rows is not None:
+            return _trace_rows(x, served.rows)
+        state = served.state
         if self.gate == "calibrated":
-            mean, std = state.moments or (math.nan, math.nan)
-            fire = (norm >= state.threshold) & (not state.is_empty)
-            return GateTrace(norm, (norm - mean) / std, fire)
+            return _trace_calibrated(x, state)
+        norm = ops.delta_norm(x.to(state.B.dtype), state.B)
         context = self._sequence()
         if context is not None and _carries(context, x):
             fire, z, _ = self._decide(norm, state, context)
@@ -336,21 +295,37 @@ class HookLinear(nn.Module):
         super()._apply(fn, recurse)
 
         def moved(state: HookState) -> HookState:
-            delta = LowRankDelta(None if state.U is None else fn(state.U), fn(state.B))
-            return self._make_state(delta, float(state.threshold), state.moments)
+            U = None if state.U is None else fn(state.U)
+            return self._make_state(LowRankDelta(U, fn(state.B)), float(state.threshold), state.moments)
 
-        self._versions.replace(
-            self._position,
-            lambda served: replace(
-                served,
-                state=moved(served.state),
-                tenants={name: moved(state) for name, state in served.tenants.items()},
-            ),
-        )
+        self._versions.replace(self._position, lambda served: changed_states(served, moved))
         return self
+
+    def padded(self, served: Served) -> Served:
+        """`served` with every state of at least `reserve` rows."""
+        return changed_states(
+            served,
+            lambda state: self._make_state(LowRankDelta(state.U, state.B), float(state.threshold), state.moments),
+        )
 
     def extra_repr(self) -> str:
         return f"gate={self.gate!r}, mode={self.mode!r}, delta={self.delta!r}"
+
+
+def _trace_calibrated(x: Tensor, state: HookState) -> GateTrace:
+    norm = ops.delta_norm(x.to(state.B.dtype), state.B)
+    mean, std = state.moments or (math.nan, math.nan)
+    return GateTrace(norm, (norm - mean) / std, (norm >= state.threshold) & (not state.is_empty))
+
+
+def _trace_rows(x: Tensor, rows: RowStates) -> GateTrace:
+    """Each row by its own edit set; norm 0 and z NaN in rows of the base model."""
+    norm = torch.zeros(x.shape[:-1], dtype=accumulator_dtype(x.dtype), device=x.device)
+    z, fire = torch.full_like(norm, math.nan), torch.zeros_like(norm, dtype=torch.bool)
+    for state, own in rows.groups_in(x):
+        found = _trace_calibrated(x[own], state)
+        norm[own], z[own], fire[own] = found.norm.to(norm), found.z.to(z), found.fire
+    return GateTrace(norm, z, fire)
 
 
 def _carries(context: SequenceInfo, x: Tensor) -> bool:

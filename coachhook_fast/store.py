@@ -15,13 +15,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -32,19 +30,23 @@ from torch import Tensor, nn
 from coachhook_fast.architectures import layout_of
 from coachhook_fast.config import EditConfig
 from coachhook_fast.delta import LowRankDelta
-from coachhook_fast.edit_set import Batch, EditOutcome, EditSet, LayerUpdate
-from coachhook_fast.gate import Threshold
+from coachhook_fast.edit_set import Batch, EditSet, LayerUpdate
 from coachhook_fast.hooks import DEFAULT, Hooks, hooks_of
+from coachhook_fast.manifest import (
+    FORMAT,
+    MANIFEST,
+    alpha_of,
+    batch_line,
+    outcomes_of,
+    read_manifest,
+    thresholds_line,
+    thresholds_of,
+)  # fmt: skip
 from coachhook_fast.models import fingerprint
-from coachhook_fast.request import EditRequest
 
-FORMAT = 1
-MANIFEST = "edit_set.json"
 LOCK = ".lock"
+_UPDATE = ("keys", "residuals", "directions")  # tensors of a layer's update
 _OURS = re.compile(r"(weights|batch)-[0-9a-f]{16}(\.safetensors|\.\d+\.tmp)|edit_set\.json\.\d+\.tmp")
-_FIELDS = {"format", "model", "config", "contexts", "thresholds", "weights", "batches"}
-_NEWER_FIELDS = {"statistics"}  # sets written before they were there lack them
-_BATCH_FIELDS = {"id", "parent", "time", "seconds", "metrics", "alphas", "thresholds", "outcomes", "tensors"}
 
 
 def save(edit_set: EditSet, folder: Path) -> None:
@@ -62,11 +64,12 @@ def save(edit_set: EditSet, folder: Path) -> None:
             "model": edit_set.model,
             "config": edit_set.config.to_dict(),
             "contexts": list(edit_set.contexts),
-            "thresholds": [_threshold_to_json(threshold) for threshold in edit_set.thresholds],
+            "thresholds": thresholds_line(edit_set.thresholds),
             "weights": _write_tensors(folder, "weights", weights),
             "statistics": edit_set.statistics,
             "batches": [
-                _batch_to_json(folder, batch, parent) for batch, parent in zip(edit_set.batches, parents, strict=False)
+                batch_line(batch, parent, _write_batch(folder, batch))
+                for batch, parent in zip(edit_set.batches, parents, strict=False)
             ],
         }
         staging = folder / f"{MANIFEST}.{os.getpid()}.tmp"
@@ -87,20 +90,15 @@ def load(folder: Path) -> EditSet:
 
 def _edit_set_of(folder: Path, manifest: Mapping[str, Any]) -> EditSet:
     config = EditConfig.from_dict(manifest["config"])
-    assert config.layers is not None
-    tensors = _read_tensors(folder, manifest["weights"])
-    deltas = tuple(_delta_of(tensors, position) for position in range(len(config.layers)))
-    ids = [None, *(line.get("id") for line in manifest["batches"])]
-    for line, parent in zip(manifest["batches"], ids, strict=False):
-        if line.get("parent") != parent:
-            raise ValueError(f"the ledger of {folder} is broken: batch {line.get('id')!r} does not follow {parent!r}")
+    assert config.layers is not None  # read_manifest has looked
+    layers = len(config.layers)
     return EditSet(
         model=manifest["model"],
         config=config,
         contexts=tuple(manifest["contexts"]),
-        deltas=deltas,
-        thresholds=tuple(_threshold_from_json(value) for value in manifest["thresholds"]),
-        batches=tuple(_batch_from_json(folder, line) for line in manifest["batches"]),
+        deltas=_read_deltas(folder, manifest),
+        thresholds=thresholds_of(manifest["thresholds"], layers),
+        batches=tuple(_read_batch(folder, line, layers) for line in manifest["batches"]),
         statistics=str(manifest.get("statistics", "")),
     )
 
@@ -111,15 +109,9 @@ def load_weights(folder: Path) -> list[tuple[LowRankDelta, float]]:
 
 
 def _weights_of(folder: Path, manifest: Mapping[str, Any]) -> list[tuple[LowRankDelta, float]]:
-    tensors = _read_tensors(folder, manifest["weights"])
-    thresholds = [_threshold_from_json(value).value for value in manifest["thresholds"]]
-    return [(_delta_of(tensors, position), threshold) for position, threshold in enumerate(thresholds)]
-
-
-def version_of(manifest: Mapping[str, Any]) -> str:
-    """Names what an edit set serves: 12 hex digits over deltas and thresholds."""
-    served = json.dumps([manifest["weights"]["sha256"], manifest["thresholds"]])
-    return hashlib.sha256(served.encode()).hexdigest()[:12]
+    deltas = _read_deltas(folder, manifest)
+    thresholds = thresholds_of(manifest["thresholds"], len(deltas))
+    return [(delta, threshold.value) for delta, threshold in zip(deltas, thresholds, strict=True)]
 
 
 def _read_whole(folder: Path, read: Callable[[Path, Mapping[str, Any]], Any]) -> Any:
@@ -127,38 +119,10 @@ def _read_whole(folder: Path, read: Callable[[Path, Mapping[str, Any]], Any]) ->
     while True:
         manifest = read_manifest(folder)
         try:
-            with parsing(folder):
-                return read(folder, manifest)
+            return read(folder, manifest)
         except ValueError:
             if read_manifest(folder) == manifest:
                 raise
-
-
-@contextmanager
-def parsing(folder: Path) -> Iterator[None]:
-    """What a manifest of another shape than ours raises within it becomes a ValueError."""
-    try:
-        yield
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
-        kind = type(error).__name__
-        raise ValueError(f"{folder / MANIFEST} does not have the shape of an edit set: {kind} {error}") from error
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The JSON part alone, checked: enough to list a ledger without a model."""
-    path = folder / MANIFEST
-    if not path.is_file():
-        raise ValueError(f"folder {str(folder)!r} holds no edit set: it has no {MANIFEST}")
-    try:
-        manifest = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        found = manifest.get("format") if isinstance(manifest, dict) else manifest
-        raise ValueError(f"{path} has format {found!r}, this version reads {FORMAT}")
-    if set(manifest) - _NEWER_FIELDS != _FIELDS:
-        raise ValueError(f"{path} has the fields {sorted(manifest)}, expected {sorted(_FIELDS)}")
-    return manifest
 
 
 def check_base(edit_set: EditSet, model_id: str) -> None:
@@ -266,84 +230,47 @@ def _serve(hooks: Hooks, name: str, edit_set: EditSet) -> None:
         hooks.add_edits(name, edit_set)
 
 
-# -------------------------------------------------------------------- batches
+# -------------------------------------------------------------------- tensors
 
 
-def _batch_to_json(folder: Path, batch: Batch, parent: str | None) -> dict[str, Any]:
+def _write_batch(folder: Path, batch: Batch) -> dict[str, str]:
     tensors = {
-        f"{position}.{name}": getattr(update, name)
-        for position, update in enumerate(batch.layers)
-        for name in ("keys", "residuals", "directions")
+        f"{position}.{name}": getattr(update, name) for position, update in enumerate(batch.layers) for name in _UPDATE
     }
-    return {
-        "id": batch.id,
-        "parent": parent,
-        "time": batch.time,
-        "seconds": batch.seconds,
-        "metrics": batch.metrics,
-        "alphas": [_number(update.alpha) for update in batch.layers],
-        "thresholds": [_threshold_to_json(threshold) for threshold in batch.thresholds],
-        "outcomes": [asdict(outcome) for outcome in batch.outcomes],
-        "tensors": _write_tensors(folder, "batch", tensors),
-    }
+    return _write_tensors(folder, "batch", tensors)
 
 
-def _batch_from_json(folder: Path, line: Mapping[str, Any]) -> Batch:
-    if set(line) != _BATCH_FIELDS:
-        raise ValueError(f"a ledger line of {folder} has the fields {sorted(line)}, expected {sorted(_BATCH_FIELDS)}")
-    tensors = _read_tensors(folder, line["tensors"])
+def _read_batch(folder: Path, line: Mapping[str, Any], layers: int) -> Batch:
+    needed = {f"{position}.{name}" for position in range(layers) for name in _UPDATE}
+    tensors = _read_tensors(folder, line["tensors"], needed)
     return Batch(
         id=line["id"],
         time=line["time"],
         seconds=line["seconds"],
         metrics=line["metrics"],
-        outcomes=tuple(
-            EditOutcome(
-                _request_of(outcome["request"]), outcome["loss"], outcome["steps"], tuple(outcome["strength"]),
-                outcome["residual_left"], outcome.get("in_context_only", False),
-            )
-            for outcome in line["outcomes"]
-        ),
-        thresholds=tuple(_threshold_from_json(value) for value in line["thresholds"]),
+        outcomes=outcomes_of(line),
+        thresholds=thresholds_of(line["thresholds"], layers) if line["thresholds"] else (),
         layers=tuple(
             LayerUpdate(
-                tensors[f"{position}.keys"], tensors[f"{position}.residuals"], tensors[f"{position}.directions"],
-                math.inf if alpha is None else alpha,
+                keys=tensors[f"{position}.keys"],
+                residuals=tensors[f"{position}.residuals"],
+                directions=tensors[f"{position}.directions"],
+                alpha=alpha_of(alpha),
             )
             for position, alpha in enumerate(line["alphas"])
         ),
-    )  # fmt: skip
-
-
-def _request_of(fields: Mapping[str, Any]) -> EditRequest:
-    unknown = sorted(set(fields) - set(EditRequest.__dataclass_fields__))
-    if unknown:
-        raise ValueError(f"a request in the ledger has unknown fields {unknown}")
-    return EditRequest(**fields)
-
-
-def _delta_of(tensors: Mapping[str, Tensor], position: int) -> LowRankDelta:
-    return LowRankDelta.from_state_dict(
-        {name: tensors[f"{position}.{name}"] for name in ("U", "B") if f"{position}.{name}" in tensors}
     )
 
 
-def _threshold_to_json(threshold: Threshold) -> list[float | None]:
-    return [_number(threshold.value), _number(threshold.mean), _number(threshold.std)]
-
-
-def _threshold_from_json(values: list[float | None]) -> Threshold:
-    value, mean, std = values
-    return Threshold(
-        math.inf if value is None else value,
-        math.nan if mean is None else mean,
-        math.nan if std is None else std,
+def _read_deltas(folder: Path, manifest: Mapping[str, Any]) -> tuple[LowRankDelta, ...]:
+    layers = range(len(manifest["thresholds"]))
+    tensors = _read_tensors(folder, manifest["weights"], {f"{position}.B" for position in layers})
+    return tuple(
+        LowRankDelta.from_state_dict(
+            {name: tensors[f"{position}.{name}"] for name in ("U", "B") if f"{position}.{name}" in tensors}
+        )
+        for position in layers
     )
-
-
-def _number(value: float) -> float | None:
-    """JSON has no infinity or NaN."""
-    return value if math.isfinite(value) else None
 
 
 # -------------------------------------------------------------------- files
@@ -374,7 +301,8 @@ def _write_tensors(folder: Path, kind: str, tensors: Mapping[str, Tensor]) -> di
     return {"file": path.name, "sha256": digest}
 
 
-def _read_tensors(folder: Path, entry: Mapping[str, str]) -> dict[str, Tensor]:
+def _read_tensors(folder: Path, entry: Mapping[str, str], needed: set[str]) -> dict[str, Tensor]:
+    """What the file of `entry` holds; ValueError where it is missing, damaged, or without a tensor of `needed`."""
     path = folder / Path(entry["file"]).name
     try:
         content = path.read_bytes()  # once: a writer may sweep the file at any moment
@@ -383,7 +311,10 @@ def _read_tensors(folder: Path, entry: Mapping[str, str]) -> dict[str, Tensor]:
     digest = hashlib.sha256(content).hexdigest()
     if digest != entry["sha256"]:
         raise ValueError(f"{path} is damaged: sha256 {digest}, the edit set names {entry['sha256']}")
-    return from_bytes(content)
+    tensors = from_bytes(content)
+    if not needed <= tensors.keys():
+        raise ValueError(f"{path} lacks the tensors {sorted(needed - tensors.keys())}")
+    return tensors
 
 
 def _write_synced(path: Path, content: bytes) -> None:

@@ -27,6 +27,7 @@ class _Pass(threading.local):
         self.depth = 0
         self.entries: Any = None
         self.view: Any = None
+        self.view_open = [False]  # by the block itself, which another thread may end
 
 
 class Versions(Generic[Entry]):
@@ -44,8 +45,7 @@ class Versions(Generic[Entry]):
         return self._viewed() if pinned is None else pinned
 
     def _viewed(self) -> tuple[Entry, ...]:
-        view = self._pass.view
-        return self._published if view is None else view(self._published)
+        return self._pass.view(self._published) if self._pass.view_open[0] else self._published
 
     @contextmanager
     def viewed(self, view: Callable[[tuple[Entry, ...]], tuple[Entry, ...]]) -> Iterator[None]:
@@ -53,17 +53,22 @@ class Versions(Generic[Entry]):
 
         Raises:
             ValueError: within another such block.
+            RuntimeError: at the end, where another thread ends it: passes there saw what is published.
         """
         self.check_not_viewed()
-        self._pass.view = view
+        thread, is_open = threading.get_ident(), [True]
+        self._pass.view, self._pass.view_open = view, is_open
         try:
             yield
         finally:
+            is_open[0] = False
+            if threading.get_ident() != thread:
+                raise RuntimeError("a select() block was ended by another thread than the one that began it")
             self._pass.view = None
 
     def check_not_viewed(self) -> None:
         """ValueError within a `viewed` block of this thread."""
-        if self._pass.view is not None:
+        if self._pass.view_open[0]:
             raise ValueError("this thread has selected edit sets for the rows of its batches: leave select() first")
 
     def published(self) -> tuple[Entry, ...]:

@@ -36,6 +36,7 @@ from pydantic import BaseModel, Field
 
 from coachhook_fast import EditConfig, Editor, EditRequest, load_model, store
 from coachhook_fast.hooks import Hooks, twin
+from coachhook_fast.manifest import MANIFEST
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class Service:
     """The served model, the editor of its twin, and the folder where edits are kept."""
 
     def __init__(self, model: Any, tokenizer: Any, folder: Path, config: EditConfig | None, metrics: Metrics) -> None:
-        saved = (folder / store.MANIFEST).is_file()
+        saved = (folder / MANIFEST).is_file()
         self.editor = Editor(twin(model), tokenizer, config, edits=folder if saved else None)
         self.model, self.tokenizer, self.folder, self.metrics = model, tokenizer, folder, metrics
         self.hooks = Hooks(model, self.editor.partial.layout, self.editor.layers, self.editor.config.gate)

@@ -22,6 +22,7 @@ from coachhook_fast import EditConfig, EditRequest, EditSet, load_edits, store
 from coachhook_fast.delta import LowRankDelta
 from coachhook_fast.edit_set import Batch, EditOutcome, LayerUpdate
 from coachhook_fast.gate import Threshold
+from coachhook_fast.manifest import MANIFEST, read_manifest, version_of
 from coachhook_fast.models import checkpoint_fingerprint, fingerprint
 
 KILLS = 200
@@ -174,7 +175,7 @@ def saved(tmp_path: Path) -> Path:
 
 
 def change(folder: Path, edit: Any) -> None:
-    path = folder / store.MANIFEST
+    path = folder / MANIFEST
     manifest = json.loads(path.read_text())
     edit(manifest)
     path.write_text(json.dumps(manifest))
@@ -230,7 +231,7 @@ def test_files_outside_the_folder_are_not_read(saved: Path, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "\x00\x01"])
 def test_a_manifest_that_is_no_json_object(saved: Path, content: str) -> None:
-    (saved / store.MANIFEST).write_text(content)
+    (saved / MANIFEST).write_text(content)
     with pytest.raises(ValueError, match=r"JSON|format"):
         store.load(saved)
 
@@ -262,9 +263,9 @@ def test_versions_tell_edit_sets_apart(tmp_path: Path) -> None:
     names = set()
     for number, value in enumerate((edit_set(1), edit_set(2), edit_set(1).with_thresholds([Threshold(9.0)] * 2))):
         store.save(value, tmp_path / str(number))
-        names.add(store.version_of(store.read_manifest(tmp_path / str(number))))
+        names.add(version_of(read_manifest(tmp_path / str(number))))
         store.save(replace(value, contexts=("Else.",)), tmp_path / str(number))  # not served
-        names.add(store.version_of(store.read_manifest(tmp_path / str(number))))
+        names.add(version_of(read_manifest(tmp_path / str(number))))
     assert len(names) == 3
 
 

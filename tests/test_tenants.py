@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -124,8 +126,62 @@ def test_loading_by_name_in_any_order(tmp_path: Path) -> None:
         load_edits(tiny_model("llama", seed=5), tmp_path / "ours", name="acme")
 
 
+def test_a_block_that_another_thread_ends_raises_and_leaves_no_selection() -> None:
+    """As a streaming generator does that a pool resumes wherever there is room."""
+    model = tenants()
+
+    def stream() -> Iterator[Tensor]:
+        with model.coachhook.select(["a"]):
+            yield logits(model)
+            yield logits(model)
+
+    with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
+        steps = stream()
+        torch.testing.assert_close(one.submit(next, steps).result(), expected("a"))
+        with pytest.raises(RuntimeError, match="ended by another thread"):
+            other.submit(steps.close).result()
+        assert torch.equal(one.submit(logits, model).result(), expected("default"))
+        with model.coachhook.select(["b"]):
+            torch.testing.assert_close(logits(model), expected("b"))
+
+
+def test_modes_that_run_the_model_elsewhere_are_refused() -> None:
+    model = tenants()
+    with model.coachhook.select(["a"]), pytest.raises(ValueError, match="leave select"):
+        model.generate_batch([[5, 6, 7]])
+    model.coachhook.unload()
+    assert "init_continuous_batching" not in model.__dict__
+
+
+def test_trace_tells_what_each_row_is_served() -> None:
+    model = tenants()
+    hook = model.coachhook.hooks[0]
+    x = torch.randn(4, 6, hook.in_features)
+    rows = ["a", None, "default", "b"]
+    with model.coachhook.select(rows):
+        found = hook.trace(x)
+    for row, name in enumerate(rows):
+        if name is None:
+            assert not found.fire[row].any()
+            continue
+        single = model_with()
+        single.coachhook.publish(SETS[name])
+        alone_trace = single.coachhook.hooks[0].trace(x[row])
+        torch.testing.assert_close(found.norm[row], alone_trace.norm)
+        assert torch.equal(found.fire[row], alone_trace.fire)
+
+
+def test_reserve_pads_every_edit_set() -> None:
+    model = tenants()
+    model.coachhook.reserve(8)
+    served = model.coachhook.hooks[1].served
+    assert {served.state.B.shape[0], *(state.B.shape[0] for state in served.tenants.values())} == {8}
+    with model.coachhook.select(["a"]):
+        torch.testing.assert_close(logits(model), expected("a"), rtol=1e-4, atol=1e-4)
+
+
 class TestBadInput:
-    @pytest.mark.parametrize("rows", [[], "a", ["c"], ["a", "c"]])
+    @pytest.mark.parametrize("rows", [[], "a", ["c"], ["a", "c"], [["a"]], iter([])])
     def test_rows(self, rows: Any) -> None:
         model = tenants()
         with (
@@ -159,6 +215,9 @@ class TestBadInput:
         model = model_with("sequence")
         with pytest.raises(ValueError, match="need the calibrated gate"):
             model.coachhook.add_edits("a", edit_set(1, 2, "sequence"))
+        model.coachhook.publish(edit_set(1, 2, "sequence"))
+        with pytest.raises(ValueError, match="need the calibrated gate"), model.coachhook.select(["default"]):
+            pass
 
     def test_other_layers(self) -> None:
         model = tenants()
@@ -166,6 +225,21 @@ class TestBadInput:
         with pytest.raises(ValueError, match="the hooks are on layers"):
             model.coachhook.add_edits("c", replace(SETS["a"], config=other))
         assert model.coachhook.tenants == ("a", "b")
+
+    def test_other_modules(self) -> None:
+        other = SETS["a"].config.replace(
+            layer_module_tmp="model.layers.{}", rewrite_module_tmp="model.layers.{}.self_attn.o_proj"
+        )
+        with pytest.raises(ValueError, match="the edit set is for"):
+            tenants().coachhook.add_edits("c", replace(SETS["a"], config=other))
+
+    def test_hooks_that_are_out(self) -> None:
+        hooks = tenants().coachhook
+        hooks.unload()
+        with pytest.raises(ValueError, match="were unloaded"), hooks.select(["a"]):
+            pass
+        with pytest.raises(ValueError, match="were unloaded"):
+            hooks.add_edits("c", SETS["a"])
 
     def test_editing_within_a_selection(self) -> None:
         editor = make()

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from coachhook_fast.bench import rows as common
 from coachhook_fast.hooks import twin
 from coachhook_fast.layer import HookLinear
+from coachhook_fast.manifest import MANIFEST
 from coachhook_fast.models import cache_dir, load_model
 from coachhook_fast.request import EditRequest
-from coachhook_fast.store import MANIFEST, load_edits
+from coachhook_fast.store import load_edits
 
 EDITS = 30
 NEW_TOKENS = 32

@@ -123,7 +123,7 @@ def load_config(arguments: argparse.Namespace, *, edits: Path | None = None) -> 
     import yaml
 
     from coachhook_fast.config import EditConfig, read_yaml
-    from coachhook_fast.store import read_manifest
+    from coachhook_fast.manifest import read_manifest
 
     values: dict[str, Any] = {} if edits is None else dict(read_manifest(edits)["config"])
     try:

@@ -77,7 +77,7 @@ def run(arguments: argparse.Namespace) -> Report:
 
 def output_folder(out: Path | None, edits: Path | None) -> Path:
     """Where to save; never over an edit set that the run does not go on from."""
-    from coachhook_fast.store import MANIFEST
+    from coachhook_fast.manifest import MANIFEST
 
     folder = out or edits
     if folder is None:
@@ -120,11 +120,16 @@ def _editable(records: Sequence[EditRecord], editor: Editor, skipped: list[str] 
 
 
 def _not_yet_edited(records: Sequence[EditRecord], editor: Editor) -> list[EditRequest]:
-    """The requests about prompts whose latest edit differs from their last request."""
+    """The requests that are left to do: of those about one prompt, the ones after its latest edit."""
     latest = {request.text: request.target_new for batch in editor.ledger for request in batch.requests}
-    requests = [record.request for record in records]
-    wished = {request.text: request.target_new for request in requests}
-    return [request for request in requests if latest.get(request.text) != wished[request.text]]
+    left: list[EditRequest] = []
+    done: set[str] = set()
+    for request in reversed([record.request for record in records]):
+        if latest.get(request.text) == request.target_new:
+            done.add(request.text)  # with it, all before it
+        if request.text not in done:
+            left.append(request)
+    return left[::-1]
 
 
 def _report(out: Path, editor: Editor, batches: Sequence[Batch], held: int, skipped: Sequence[str]) -> Report:

@@ -25,19 +25,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> Report:
-    from coachhook_fast.store import parsing, read_manifest
+    from coachhook_fast.manifest import read_manifest
 
     manifest = read_manifest(arguments.edits)
-    with parsing(arguments.edits):
-        batches = [
-            {
-                **{name: line[name] for name in ("id", "time", "seconds", "metrics")},
-                "edits": [
-                    {**outcome["request"], "residual_left": outcome["residual_left"]} for outcome in line["outcomes"]
-                ],
-            }
-            for line in manifest["batches"]
-        ]
+    batches = [
+        {
+            **{name: line[name] for name in ("id", "time", "seconds", "metrics")},
+            "edits": [
+                {**outcome["request"], "residual_left": outcome["residual_left"]} for outcome in line["outcomes"]
+            ],
+        }
+        for line in manifest["batches"]
+    ]
     data = {"model": manifest["model"], "config": manifest["config"], "batches": batches}
     show = _show_facts if arguments.facts else _show_batches
     return Report(data, lambda console: show(console, data))

@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> Report:
-    from coachhook_fast.store import read_manifest
+    from coachhook_fast.manifest import read_manifest
 
     out = output_folder(arguments.out, arguments.edits)
     known = [batch["id"] for batch in read_manifest(arguments.edits)["batches"]]

@@ -41,10 +41,12 @@ class SequenceTracker:
             model.register_forward_pre_hook(self._before, with_kwargs=True),
             model.register_forward_hook(self._after, always_call=True),
         ]
-        self._wrapped: list[str] = []
-        self._wrap("prepare_inputs_for_generation", _hand_on_mask)
-        self._wrap("generate", _refuse_chunks)
-        self._wrap("init_continuous_batching", _refuse_continuous_batching)
+        wrappers = {
+            "prepare_inputs_for_generation": _hand_on_mask,
+            "generate": _refuse_chunks,
+            "init_continuous_batching": _refuse_continuous_batching,
+        }
+        self._wrapped = [name for name, function in wrappers.items() if wrap_method(model, name, function)]
 
     def remove(self) -> None:
         for handle in self._handles:
@@ -53,15 +55,6 @@ class SequenceTracker:
             del self._model.__dict__[name]
         for hook in self._hooks:
             hook.context = None
-
-    def _wrap(self, name: str, function: Callable[..., Any]) -> None:
-        method = getattr(self._model, name, None)
-        if method is None:
-            return
-        wrapper = functools.partial(function, self._model)  # not a closure: a deep copy then wraps the copied model
-        wrapper.__signature__ = inspect.signature(method)  # type: ignore[attr-defined] # generate() looks at it
-        self._model.__dict__[name] = wrapper
-        self._wrapped.append(name)
 
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         context = self.contexts.here()
@@ -182,6 +175,17 @@ def _hand_on_mask(model: Any, *args: Any, **kwargs: Any) -> Any:
     # Sliced: the whole mask grows by a column a step, which would recompile every step.
     inputs[_MASK] = None if mask is None else mask[:, -tokens.shape[1] :]
     return inputs
+
+
+def wrap_method(model: Any, name: str, function: Callable[..., Any]) -> bool:
+    """Puts `function(model, ...)` in the place of a method, until the attribute is deleted; False where it has none."""
+    method = getattr(model, name, None)
+    if method is None:
+        return False
+    wrapper = functools.partial(function, model)  # not a closure: a deep copy then wraps the copied model
+    wrapper.__signature__ = inspect.signature(method)  # type: ignore[attr-defined] # generate() looks at it
+    model.__dict__[name] = wrapper
+    return True
 
 
 def _refuse_chunks(model: Any, *args: Any, **kwargs: Any) -> Any:

@@ -48,6 +48,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from coachhook_fast import store
 from coachhook_fast.architectures import LAYOUTS
 from coachhook_fast.delta import LowRankDelta
+from coachhook_fast.manifest import read_manifest, version_of
 from coachhook_fast.models import checkpoint_fingerprint
 from coachhook_fast.ops import gated_linear as ops
 from coachhook_fast.sketch import make_sketch
@@ -133,8 +134,8 @@ class EditedConfig(QuantizationConfig):
         """Finds the edit set and checks it against the model; ValueError stops the start."""
         inside = Path(model_name) / self.folder
         self.folder = inside if not self.folder.is_absolute() and inside.is_dir() else self.folder
-        manifest = store.read_manifest(self.folder)
-        self.digest = store.version_of(manifest)
+        manifest = read_manifest(self.folder)
+        self.digest = version_of(manifest)
         config = manifest["config"]
         if config["gate"] != "calibrated":
             raise ValueError(
@@ -341,7 +342,7 @@ class SwapEdits:
         self.folder = folder
 
     def __call__(self, model: nn.Module) -> int:
-        manifest, edits = store.read_manifest(Path(self.folder)), store.load_weights(Path(self.folder))
+        manifest, edits = read_manifest(Path(self.folder)), store.load_weights(Path(self.folder))
         layers: list[Any] = [
             layer for layer in model.modules() if isinstance(getattr(layer, "quant_method", None), EditedLinearMethod)
         ]
@@ -377,7 +378,7 @@ def swap_edits(llm: Any, folder: str | Path) -> None:
         ValueError: requests are under way, or the edits are for another base model, gate or other layers, or do not fit
             the buffers; what was served before is served still.
     """
-    version = store.version_of(store.read_manifest(Path(folder)))
+    version = version_of(read_manifest(Path(folder)))
     if not llm.reset_prefix_cache():
         raise ValueError("requests are under way: swap edits between requests")
     counts = llm.apply_model(SwapEdits(str(folder)))

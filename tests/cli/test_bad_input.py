@@ -125,26 +125,35 @@ def test_other_bad_input(home: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_ctrl_c_exits_130(home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    import coachhook_fast.store
+    import coachhook_fast.manifest
 
     def interrupt(_: Path) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(coachhook_fast.store, "read_manifest", interrupt)
+    monkeypatch.setattr(coachhook_fast.manifest, "read_manifest", interrupt)
     assert main(["log", *edits(home)]) == 130
     assert capsys.readouterr().err == "coachhook log: interrupted\n"
 
 
-@pytest.mark.parametrize("verb", ["log", "generate"])
+@pytest.mark.parametrize("verb", ["log", "generate", "rollback", "edit"])
 @pytest.mark.parametrize(
     "damage",
     [
         lambda manifest: manifest["batches"][0].pop("outcomes"),
+        lambda manifest: manifest["batches"][0].pop("id"),
+        lambda manifest: manifest["batches"][0].update(seconds="long"),
         lambda manifest: manifest["batches"][0]["outcomes"][0].pop("request"),
-        lambda manifest: manifest.update(batches=3),
+        lambda manifest: manifest["batches"][0]["outcomes"][0].update(request={}),
+        lambda manifest: manifest.update(batches=None),
         lambda manifest: manifest["batches"].append("batch"),
+        lambda manifest: manifest.update(config=[1]),
+        lambda manifest: manifest["config"].update(layers=None),
+        lambda manifest: manifest["thresholds"].pop(),
+        lambda manifest: manifest["thresholds"].__setitem__(0, ["1", 2, 3]),
+        lambda manifest: manifest["thresholds"].__setitem__(0, [1, 2]),
+        lambda manifest: manifest.update(weights="file"),
     ],
-    ids=["no outcomes", "no request", "batches are a number", "a batch is a text"],
+    ids=lambda damage: "",
 )
 def test_a_manifest_changed_by_hand(
     home: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, verb: str, damage: Callable[[Any], Any]
@@ -154,5 +163,10 @@ def test_a_manifest_changed_by_hand(
     manifest = json.loads((folder / "edit_set.json").read_text())
     damage(manifest)
     (folder / "edit_set.json").write_text(json.dumps(manifest))
-    arguments = {"log": [], "generate": [*model(home), "x"]}[verb]
+    arguments = {
+        "log": [],
+        "generate": [*model(home), "x"],
+        "rollback": [*model(home), "x"],
+        "edit": [*model(home), *facts(home)],
+    }[verb]
     assert str(folder) in fails(capsys, verb, *arguments, "--edits", str(folder))

@@ -185,6 +185,18 @@ def test_a_prompt_that_a_file_changes_twice_keeps_its_last_answer(
     assert run_json(capsys, *again)["edits"] == []
 
 
+def test_a_prompt_that_changes_twice_goes_on_after_an_interrupt(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Killed after the first batch: what is left is the second change, not both."""
+    first, other = tiny_facts(2)
+    path = home / "changes.jsonl"
+    records = [{**first, "target_new": "pilot"}, other, {**first, "target_new": "baker"}]
+    path.write_text("\n".join(map(json.dumps, records)))
+    arguments = ["edit", *model(home), "--facts", str(path), *QUICK, "--batch-size", "2"]
+    run_json(capsys, *arguments, "--limit", "2", *out(home, "interrupted"))
+    data = run_json(capsys, "edit", *model(home), "--facts", str(path), "--edits", str(home / "interrupted"))
+    assert [line["target_new"] for line in data["edits"]] == ["baker"]
+
+
 def test_values_and_layers() -> None:
     assert _layers("4,5, 6") == (4, 5, 6)
     assert _layers("1-3,7") == (1, 2, 3, 7)

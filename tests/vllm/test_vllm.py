@@ -161,8 +161,9 @@ def test_a_swap_that_does_not_fit_changes_no_layer(
 
     from coachhook_fast import store
     from coachhook_fast.integrations.vllm import EditedLinearMethod, SwapEdits, write_edits
+    from coachhook_fast.manifest import read_manifest
 
-    manifest, edits = store.read_manifest(WORK / "edits-a"), store.load_weights(WORK / "edits-a")
+    manifest, edits = read_manifest(WORK / "edits-a"), store.load_weights(WORK / "edits-a")
     layers = torch.nn.ModuleList()
     for position, (number, (delta, threshold)) in enumerate(zip(manifest["config"]["layers"], edits, strict=True)):
         layer: Any = torch.nn.Module()
