@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -69,7 +69,9 @@ class Hooks:
         self.edit_set = edit_set
 
     def _states(self, edit_set: EditSet) -> list[HookState]:
-        """What each hook would serve; ValueError where `edit_set` does not fit the hooks."""
+        """What each hook would serve; ValueError where `edit_set` does not fit, TypeError where it is none."""
+        if not isinstance(edit_set, EditSet):
+            raise TypeError(f"edit_set must be an EditSet (store.load reads one), got {type(edit_set).__name__}")
         gate = self.hooks[0].gate
         if edit_set.config.gate != gate or edit_set.layers != self.layers:
             raise ValueError(
@@ -97,7 +99,7 @@ class Hooks:
         Raises:
             ValueError: `name` is empty or DEFAULT; the `sequence` gate; other layers or shapes than the hooks'.
         """
-        if not name or name == DEFAULT:
+        if not isinstance(name, str) or not name or name == DEFAULT:
             raise ValueError(f"name must be a name other than {DEFAULT!r}, got {name!r}")
         self.check_installed()
         self._check_calibrated()
@@ -126,8 +128,8 @@ class Hooks:
         """
         self.check_installed()
         self._check_calibrated()
-        names = rows if isinstance(rows, str) else tuple(rows)
-        if not names or not all(name is None or isinstance(name, str) for name in names) or isinstance(names, str):
+        names = tuple(rows) if isinstance(rows, Iterable) and not isinstance(rows, str) else ()
+        if not names or not all(name is None or isinstance(name, str) for name in names):
             raise ValueError(f"rows must be a list with a name or None for each row, got {rows!r}")
         entries = self._versions.published()
         for name in {*names} - {None, DEFAULT}:
@@ -161,7 +163,7 @@ class Hooks:
             )
         for hook in self.hooks:
             hook.reserve = rank
-        self._versions.change(lambda position, entry: self.hooks[position].padded(entry))
+        self._versions.change(lambda position, entry: self.hooks[position].remade(entry))
         if self.edit_set is not None:  # from the edit set itself: fewer rows than before are possible
             self.publish(self.edit_set)
 

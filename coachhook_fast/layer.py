@@ -25,7 +25,7 @@ from coachhook_fast.gate import carried_gate
 from coachhook_fast.ops import gated_linear as ops
 from coachhook_fast.reference.gated_linear import accumulator_dtype, sequence_rows
 from coachhook_fast.sketch import make_sketch
-from coachhook_fast.states import HookState, RowStates, Served, changed_states
+from coachhook_fast.states import HookState, RowStates, Served
 from coachhook_fast.versions import Versions
 
 GATES = ("calibrated", "sequence")
@@ -293,20 +293,18 @@ class HookLinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HookLinear:
         """`.to()`, `.half()`, `.cuda()`: the serving copy follows the base, the threshold stays precise."""
         super()._apply(fn, recurse)
+        self._versions.replace(self._position, lambda served: self.remade(served, fn))
+        return self
 
-        def moved(state: HookState) -> HookState:
+    def remade(self, served: Served, fn: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> Served:
+        """`served` with the factors of its states as `fn` returns them, padded to `reserve`."""
+
+        def change(state: HookState) -> HookState:
             U = None if state.U is None else fn(state.U)
             return self._make_state(LowRankDelta(U, fn(state.B)), float(state.threshold), state.moments)
 
-        self._versions.replace(self._position, lambda served: changed_states(served, moved))
-        return self
-
-    def padded(self, served: Served) -> Served:
-        """`served` with every state of at least `reserve` rows."""
-        return changed_states(
-            served,
-            lambda state: self._make_state(LowRankDelta(state.U, state.B), float(state.threshold), state.moments),
-        )
+        tenants = {name: change(state) for name, state in served.tenants.items()}
+        return replace(served, state=change(served.state), tenants=tenants)
 
     def extra_repr(self) -> str:
         return f"gate={self.gate!r}, mode={self.mode!r}, delta={self.delta!r}"

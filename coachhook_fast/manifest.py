@@ -52,6 +52,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def _check(manifest: Mapping[str, Any]) -> None:
     if set(manifest) - _NEWER_FIELDS != _FIELDS:
         raise ValueError(f"it has the fields {sorted(manifest)}, expected {sorted(_FIELDS)}")
+    contexts = manifest["contexts"]
+    if not isinstance(manifest["model"], str) or not isinstance(contexts, list) or not all(map(_is_text, contexts)):
+        raise TypeError(f"model is {manifest['model']!r} and contexts are {contexts!r}")
     layers = EditConfig.from_dict(manifest["config"]).layers
     if layers is None:
         raise ValueError("config names no layers")
@@ -71,13 +74,19 @@ def _check(manifest: Mapping[str, Any]) -> None:
             thresholds_of(line["thresholds"], len(layers))
         if len(line["alphas"]) != len(layers):
             raise ValueError(f"batch {parent!r} has alphas {line['alphas']} for layers {layers}")
-        outcomes_of(line)
+        for alpha in line["alphas"]:
+            alpha_of(alpha)
+        outcomes_in(line)
         _check_file(line["tensors"])
 
 
 def _check_file(entry: Mapping[str, Any]) -> None:
     if not isinstance(entry["file"], str) or not isinstance(entry["sha256"], str):
         raise TypeError(f"a tensor file is named by {entry!r}")
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
 
 
 def version_of(manifest: Mapping[str, Any]) -> str:
@@ -101,7 +110,7 @@ def batch_line(batch: Batch, parent: str | None, tensors: Mapping[str, str]) -> 
     }
 
 
-def outcomes_of(line: Mapping[str, Any]) -> tuple[EditOutcome, ...]:
+def outcomes_in(line: Mapping[str, Any]) -> tuple[EditOutcome, ...]:
     """The outcomes in a ledger line."""
     return tuple(
         EditOutcome(
@@ -149,6 +158,6 @@ def _number(value: float) -> float | None:
 def _back(value: float | None, absent: float) -> float:
     if value is None:
         return absent
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{value!r} is no number")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise TypeError(f"{value!r} is no finite number")
     return value

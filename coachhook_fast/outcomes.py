@@ -38,7 +38,7 @@ def outcomes_of(
 
 # What lets more subjects through, by the rule that set τ.
 _REMEDIES = {
-    "own_keys": "lower threshold_own",
+    "own_keys": "lower threshold_own, or raise threshold_fpr where ordinary text stands as high",
     "zscore": "lower threshold_z",
     "fpr": "raise threshold_fpr",
 }

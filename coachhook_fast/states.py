@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -59,7 +59,7 @@ class RowStates:
         copies = x.shape[0] // self.count
         for state, rows in self.groups:
             rows = rows.to(x.device)
-            if copies > 1:
+            if copies != 1:  # none in an empty batch
                 rows = (rows[:, None] * copies + torch.arange(copies, device=x.device)).flatten()
             yield state, rows
 
@@ -78,9 +78,3 @@ class Served:
     mode: str
     rows: RowStates | None = None
     tenants: Mapping[str, HookState] = field(default_factory=dict)
-
-
-def changed_states(served: Served, change: Callable[[HookState], HookState]) -> Served:
-    """`served` with `change` of all its states."""
-    tenants = {name: change(state) for name, state in served.tenants.items()}
-    return replace(served, state=change(served.state), tenants=tenants)

@@ -37,7 +37,7 @@ from coachhook_fast.manifest import (
     MANIFEST,
     alpha_of,
     batch_line,
-    outcomes_of,
+    outcomes_in,
     read_manifest,
     thresholds_line,
     thresholds_of,
@@ -248,7 +248,7 @@ def _read_batch(folder: Path, line: Mapping[str, Any], layers: int) -> Batch:
         time=line["time"],
         seconds=line["seconds"],
         metrics=line["metrics"],
-        outcomes=outcomes_of(line),
+        outcomes=outcomes_in(line),
         thresholds=thresholds_of(line["thresholds"], layers) if line["thresholds"] else (),
         layers=tuple(
             LayerUpdate(

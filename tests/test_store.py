@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import shutil
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -219,6 +221,35 @@ def test_unknown_content_raises(saved: Path, edit: Any, message: str) -> None:
     change(saved, edit)
     with pytest.raises(ValueError, match=message):
         store.load(saved)
+
+
+@pytest.mark.parametrize("wrong", [None, [], {}, "x", -1, True, [None], {"a": 1}], ids=repr)
+def test_any_value_of_another_kind_is_refused_by_name_or_harmless(saved: Path, wrong: Any) -> None:
+    """Every value of a manifest in turn: nothing but a ValueError that names the folder comes of it."""
+    whole = json.loads((saved / MANIFEST).read_text())
+    messages = []
+    for path in list(places(whole)):
+        manifest = copy.deepcopy(whole)
+        target = manifest
+        for step in path[:-1]:
+            target = target[step]
+        target[path[-1]] = wrong
+        (saved / MANIFEST).write_text(json.dumps(manifest))
+        for read in (store.load, store.load_weights, read_manifest):
+            try:
+                read(saved)
+            except ValueError as error:
+                messages.append(str(error))
+    assert len(messages) > 20
+    assert [message for message in messages if str(saved) not in message] == []
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Paths of all values within `value`."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        yield (*path, key)
+        yield from places(inner, (*path, key))
 
 
 def test_files_outside_the_folder_are_not_read(saved: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from dataclasses import replace
 from typing import Any
@@ -43,6 +44,38 @@ def test_every_pass_under_load_is_of_one_version(gate: str, capsys: pytest.Captu
     assert sum(count > 0 for count in load.passes) >= 3
     with capsys.disabled():
         print(f"\n  hot swap/{gate}: {SWAPS} swaps under {sum(load.passes)} passes in 3 threads, none mixed")
+
+
+def test_changes_of_several_threads_are_all_kept() -> None:
+    """Publishing reads and writes what switching reads and writes: neither may undo the other."""
+    model = model_with()
+    sets = [edit_set(seed, 2) for seed in (0, 1)]
+
+    def publish() -> None:
+        for turn in range(400):
+            model.coachhook.publish(sets[turn % 2])
+
+    def switch() -> None:
+        for turn in range(400):
+            model.coachhook.set_modes([("off", "gated")[turn % 2]] * len(LAYERS))
+
+    def add() -> None:
+        for turn in range(400):
+            model.coachhook.add_edits(str(turn % 4), sets[turn % 2])
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=work) for work in (publish, switch, add)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert model.coachhook.modes == ["gated"] * len(LAYERS)
+    assert model.coachhook.tenants == ("0", "1", "2", "3")
+    assert torch.equal(logits(model), alone(sets[1]))
 
 
 def test_a_pass_under_way_keeps_its_version() -> None:

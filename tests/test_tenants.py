@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -171,6 +173,35 @@ def test_trace_tells_what_each_row_is_served() -> None:
         assert torch.equal(found.fire[row], alone_trace.fire)
 
 
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0), (0, 0)])
+def test_batches_without_rows_or_tokens(shape: tuple[int, int]) -> None:
+    model = tenants()
+    hook = model.coachhook.hooks[0]
+    with model.coachhook.select(["a", None]):
+        assert hook(torch.zeros(*shape, hook.in_features)).shape == (*shape, hook.out_features)
+        assert hook.trace(torch.zeros(*shape, hook.in_features)).fire.shape == shape
+
+
+def test_one_bad_token_spoils_no_other_row() -> None:
+    model = tenants()
+    hook = model.coachhook.hooks[0]
+    x = torch.randn(4, 3, hook.in_features)
+    bad = x.clone()
+    bad[2, 1] = torch.nan
+    with model.coachhook.select(["a", None, "a", "b"]):
+        clean, found = hook(x), hook(bad)
+    assert found[2, 1].isnan().all()
+    found[2, 1] = clean[2, 1]
+    assert torch.equal(found, clean)
+
+
+def test_copies_of_a_model_keep_their_edit_sets() -> None:
+    model = tenants()
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with other.coachhook.select(["b"]):
+            torch.testing.assert_close(logits(other), expected("b"))
+
+
 def test_reserve_pads_every_edit_set() -> None:
     model = tenants()
     model.coachhook.reserve(8)
@@ -181,7 +212,7 @@ def test_reserve_pads_every_edit_set() -> None:
 
 
 class TestBadInput:
-    @pytest.mark.parametrize("rows", [[], "a", ["c"], ["a", "c"], [["a"]], iter([])])
+    @pytest.mark.parametrize("rows", [[], "a", ["c"], ["a", "c"], [["a"]], iter([]), None, 3])
     def test_rows(self, rows: Any) -> None:
         model = tenants()
         with (
@@ -202,8 +233,8 @@ class TestBadInput:
         with hooks.select(["a"]), pytest.raises(ValueError, match="leave select"), hooks.select(["b"]):
             pass
 
-    @pytest.mark.parametrize("name", ["", "default"])
-    def test_names(self, name: str) -> None:
+    @pytest.mark.parametrize("name", ["", "default", None, 3])
+    def test_names(self, name: Any) -> None:
         with pytest.raises(ValueError, match="name must be a name other than 'default'"):
             tenants().coachhook.add_edits(name, SETS["a"])
 
@@ -225,6 +256,14 @@ class TestBadInput:
         with pytest.raises(ValueError, match="the hooks are on layers"):
             model.coachhook.add_edits("c", replace(SETS["a"], config=other))
         assert model.coachhook.tenants == ("a", "b")
+
+    @pytest.mark.parametrize("edits", [None, "edits/", {}])
+    def test_what_is_no_edit_set(self, edits: Any) -> None:
+        model = tenants()
+        for use in (model.coachhook.publish, lambda edits: model.coachhook.add_edits("c", edits)):
+            with pytest.raises(TypeError, match="edit_set must be an EditSet"):
+                use(edits)
+        assert torch.equal(logits(model), expected("default"))
 
     def test_other_modules(self) -> None:
         other = SETS["a"].config.replace(

@@ -106,9 +106,9 @@ def _check(what: str, requests: Sequence[EditRequest], editor: Editor) -> None:
 def _editable(records: Sequence[EditRecord], editor: Editor, skipped: list[str] | None) -> list[EditRecord]:
     """The records that this model can take; others go to `skipped`, where that is None the first raises ValueError."""
     kept = []
-    for number, record in enumerate(records):
-        try:
-            _check(f"fact {number} (case {record.request.case_id})", [record.request], editor)
+    for record in records:
+        try:  # by its id: records that are no valid edit have been left out before, so places do not tell
+            _check(f"the fact of case {record.request.case_id}", [record.request], editor)
         except ValueError as error:
             if skipped is None:
                 raise

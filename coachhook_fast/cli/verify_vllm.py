@@ -57,7 +57,8 @@ def run(arguments: argparse.Namespace) -> Report:
             )
         except RuntimeError as error:
             row["error"] = str(error)
-    agree = all(row.get("different") == [] or "skipped" in row for row in rows)
+    compared = [row for row in rows if "skipped" not in row]
+    agree = bool(compared) and all(row.get("different") == [] for row in compared)
 
     def show(console: Console) -> None:
         for row in rows:

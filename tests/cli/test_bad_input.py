@@ -66,7 +66,7 @@ def test_facts_that_no_batch_can_take_stop_before_the_first(home: Path, capsys: 
     path = home / "long.jsonl"
     path.write_text("\n".join(map(json.dumps, [good, {**bad, "prompt": "word " * 400 + "{}"}])))
     arguments = ["edit", *model(home), "--facts", str(path), *QUICK, "--batch-size", "1", *out(home, "long")]
-    assert "fact 1 (case" in fails(capsys, *arguments)
+    assert "the fact of case 1: requests[0].prompt" in fails(capsys, *arguments)
     assert not (home / "long").exists()
     data = run_json(capsys, *arguments, "--skip-invalid")
     assert (len(data["edits"]), len(data["skipped"])) == (1, 1)

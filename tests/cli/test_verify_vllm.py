@@ -70,9 +70,11 @@ def test_heads_that_two_ranks_cannot_share(
     assert "9 attention heads" in verify_vllm._unshareable(SimpleNamespace(num_attention_heads=9))
     assert verify_vllm._unshareable(SimpleNamespace(num_attention_heads=12)) == ""
     monkeypatch.setattr(verify_vllm, "_unshareable", lambda config: "9 heads")
-    data = run_json(capsys, "verify-vllm", *model(home), *edits(home), "--mode", "tensor parallel")
-    assert data["agree"]
+    arguments = ["verify-vllm", *model(home), *edits(home), "--mode", "tensor parallel"]
+    data = run_json(capsys, *arguments)
     assert data["modes"][0]["skipped"] == "9 heads"
+    assert not data["agree"]  # nothing was compared
+    assert run_json(capsys, *arguments, "--mode", "eager")["agree"]
 
 
 def test_without_vllm(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
