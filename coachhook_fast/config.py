@@ -161,7 +161,10 @@ class EditConfig:
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The settings that a YAML file names, less those of EasyEdit's that have no meaning here."""
-    values = yaml.safe_load(Path(path).read_text())
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a mapping of settings, got {type(values).__name__}")
     return {key: value for key, value in values.items() if key not in _EASYEDIT_ONLY}

@@ -134,7 +134,10 @@ def _items(corpus: Corpus) -> Iterator[Any]:
         if not path.is_file():
             raise ValueError(f"corpus file {str(path)!r} does not exist")
         with path.open(encoding="utf-8") as lines:
-            yield from _paragraphs(lines)
+            try:
+                yield from _paragraphs(lines)
+            except UnicodeDecodeError as error:
+                raise ValueError(f"corpus file {str(path)!r} is not UTF-8 text: {error}") from error
     elif isinstance(corpus, Iterable):
         yield from corpus
     else:

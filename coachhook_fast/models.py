@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -111,11 +113,9 @@ def context_length(model: nn.Module) -> int | None:
 def _load_folder(name: str | Path, dtype: torch.dtype | None) -> tuple[nn.Module, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    try:
+    with _loading(name):
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto")
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"model {str(name)!r} could not be loaded: {error}") from error
     return model, tokenizer
 
 
@@ -126,9 +126,19 @@ def _load_gguf(path: Path, dtype: torch.dtype | None) -> tuple[nn.Module, Any]:
         import gguf  # noqa: F401
     except ImportError as error:
         raise ValueError(f"model {str(path)!r} is a GGUF file: pip install 'coachhook-fast[gguf]'") from error
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype or torch.float32)
+    with _loading(path):
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype or torch.float32)
     return model, tokenizer
+
+
+@contextmanager
+def _loading(name: str | Path) -> Iterator[None]:
+    """What damaged files make their readers raise becomes a ValueError that names the model."""
+    try:
+        yield
+    except (OSError, SafetensorError, ValueError, KeyError, IndexError, struct.error) as error:
+        raise ValueError(f"model {str(name)!r} could not be loaded: {error}") from error
 
 
 def _smollm2_folder() -> Path:

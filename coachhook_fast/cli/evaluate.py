@@ -93,7 +93,10 @@ def _held_out(arguments: argparse.Namespace) -> HeldOut | None:
         return None
     from coachhook_fast.evaluate import HeldOut
 
-    text = arguments.perplexity.read_text(encoding="utf-8")
+    try:
+        text = arguments.perplexity.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--perplexity {arguments.perplexity} is not UTF-8 text: {error}") from error
     return HeldOut(text, arguments.window, arguments.stride, arguments.max_tokens)
 
 

@@ -170,3 +170,24 @@ def test_a_manifest_changed_by_hand(
         "edit": [*model(home), *facts(home)],
     }[verb]
     assert str(folder) in fails(capsys, verb, *arguments, "--edits", str(folder))
+
+
+def test_damaged_files_are_named(home: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    binary, settings, gguf = tmp_path / "bytes.txt", tmp_path / "cut.yaml", tmp_path / "cut.gguf"
+    binary.write_bytes(bytes(range(256)) * 10)
+    settings.write_text("layers: [\n")
+    gguf.write_bytes(b"GGUF\x03\x00\x00\x00")
+    for name, content in (("tokenizer.json", "{"), ("config.json", "{")):
+        shutil.copytree(home / "model", tmp_path / name)
+        (tmp_path / name / name).write_text(content)
+        assert f"model '{tmp_path / name}' could not be loaded" in fails(
+            capsys, "generate", "--model", str(tmp_path / name), "x"
+        )
+    assert f"model '{gguf}' could not be loaded" in fails(capsys, "generate", "--model", str(gguf), "x")
+    assert f"{settings} is not YAML" in fails(
+        capsys, "edit", *model(home), *facts(home), "--config", str(settings), *out(home, "never")
+    )
+    stats = ["stats", *model(home), "--layers", "1", "--corpus", str(binary)]
+    assert f"corpus file '{binary}' is not UTF-8" in fails(capsys, *stats)
+    held_out = ["eval", *model(home), *facts(home), "--perplexity", str(binary)]
+    assert f"--perplexity {binary} is not UTF-8" in fails(capsys, *held_out)
