@@ -2,35 +2,29 @@
 
 #include <algorithm>
 
+#include "simd.h"
+
 namespace coachhook {
 namespace {
 
 enum class Op { kSet, kAdd, kSubtract };
 
-#define ALWAYS_INLINE inline __attribute__((always_inline))
-
-// BYTES wide vectors of T. The templates carry no target of their own: they are inlined into the entry points
-// below, which do.
-template <typename T, int BYTES>
-struct Vector {
-  typedef T type __attribute__((vector_size(BYTES), aligned(alignof(T)), may_alias));
-};
-
-// Asks for the next stretch of memory, some lines at every tile. The hardware's own prefetchers stop at each
-// page and do not see short rows coming.
+// Asks for the next stretch of memory, a few lines at every step of the inner loop: all at once they would
+// wait for each other, and the products for them. The hardware's own prefetchers stop at each page and do not
+// see short rows coming.
 struct Ahead {
   const char* next;
   const char* end;
-  int64_t bytes_a_tile;
+  int64_t bytes_a_step;
 
   template <typename T>
-  Ahead(const T* begin, int64_t count, int64_t tiles)
+  Ahead(const T* begin, int64_t count, int64_t steps)
       : next(reinterpret_cast<const char*>(begin)),
         end(next + count * static_cast<int64_t>(sizeof(T))),
-        bytes_a_tile((end - next + tiles - 1) / tiles) {}
+        bytes_a_step(((end - next) / std::max<int64_t>(steps, 1) / 64 + 1) * 64) {}
 
   ALWAYS_INLINE void step() {
-    const char* stop = std::min(next + bytes_a_tile, end);
+    const char* stop = std::min(next + bytes_a_step, end);
     for (; next < stop; next += 64) __builtin_prefetch(next);
   }
 };
@@ -38,7 +32,7 @@ struct Ahead {
 // A tile of R rows and V vectors stays in registers for the whole inner dimension.
 template <typename T, int BYTES, int R, int V, Op OP>
 ALWAYS_INLINE void tile(T* C, int64_t ldc, const T* A, int64_t row_stride, int64_t inner_stride,
-                        int64_t inner, const T* B, int64_t ldb) {
+                        int64_t inner, const T* B, int64_t ldb, Ahead& ahead) {
   using vec = typename Vector<T, BYTES>::type;
   constexpr int LANES = BYTES / sizeof(T);
   vec acc[R][V];
@@ -54,6 +48,7 @@ ALWAYS_INLINE void tile(T* C, int64_t ldc, const T* A, int64_t row_stride, int64
     }
   }
   for (int64_t k = 0; k < inner; ++k) {
+    ahead.step();
     vec b[V];
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) b[v] = *reinterpret_cast<const vec*>(B + k * ldb + v * LANES);
@@ -83,12 +78,12 @@ ALWAYS_INLINE void column_strip(T* C, int64_t ldc, int64_t rows, const T* A, int
   constexpr int R = ACC / V;
   int64_t r = 0;
   for (; r + R <= rows; r += R) {
-    ahead.step();
-    tile<T, BYTES, R, V, OP>(C + r * ldc, ldc, A + r * row_stride, row_stride, inner_stride, inner, B, ldb);
+    tile<T, BYTES, R, V, OP>(C + r * ldc, ldc, A + r * row_stride, row_stride, inner_stride, inner, B, ldb,
+                             ahead);
   }
   for (; r < rows; ++r) {
-    ahead.step();
-    tile<T, BYTES, 1, V, OP>(C + r * ldc, ldc, A + r * row_stride, row_stride, inner_stride, inner, B, ldb);
+    tile<T, BYTES, 1, V, OP>(C + r * ldc, ldc, A + r * row_stride, row_stride, inner_stride, inner, B, ldb,
+                             ahead);
   }
 }
 
@@ -98,7 +93,9 @@ ALWAYS_INLINE void gemm(T* C, int64_t ldc, int64_t rows, int64_t cols, const T* 
                         int64_t inner_stride, int64_t inner, const T* B, int64_t ldb, const T* soon,
                         int64_t soon_count) {
   constexpr int LANES = BYTES / sizeof(T);
-  Ahead ahead(soon, soon_count, std::max<int64_t>(1, rows * cols / (ACC * LANES)));
+  const int64_t strip = std::min<int64_t>(4, std::max<int64_t>(1, cols / LANES)), height = ACC / strip;
+  const int64_t tiles = (rows / height + rows % height) * ((cols / LANES + strip - 1) / strip);
+  Ahead ahead(soon, soon_count, tiles * inner);
   for (int64_t c = 0; c < cols;) {
     const int64_t vectors = (cols - c) / LANES;
     T* out = C + c;
@@ -134,11 +131,11 @@ COACHHOOK_ENTRY(gemm_avx512, __attribute__((target("avx512f,fma"))), 64, 24)
 template <typename T>
 MicroGemm<T> choose() {
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx512f")) {
+  if (widest_isa() == Isa::kAvx512) {
     return {gemm_avx512<T, Op::kSet>, gemm_avx512<T, Op::kAdd>, gemm_avx512<T, Op::kSubtract>, 64 / sizeof(T),
             "avx512"};
   }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+  if (widest_isa() == Isa::kAvx2) {
     return {gemm_avx2<T, Op::kSet>, gemm_avx2<T, Op::kAdd>, gemm_avx2<T, Op::kSubtract>, 32 / sizeof(T),
             "avx2"};
   }

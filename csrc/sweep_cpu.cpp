@@ -1,11 +1,13 @@
 // The sweep over the panels on the CPU: the panel's triangle on the calling thread, everything below it in
 // tasks of a few rows that the threads take as they come free. A row's result does not depend on who computed
 // it, so neither do the bits.
+#include <algorithm>
 #include <vector>
 
 #include "crew.h"
 #include "factor_sweep.h"
 #include "micro_gemm.h"
+#include "narrow_rows.h"
 
 namespace coachhook {
 namespace {
@@ -30,6 +32,7 @@ class CpuSweep final : public FactorSweep {
   }
 
   bool rotate(Mode mode, int64_t index) override {
+    if (narrow() && mode != Mode::kUndo) return rotate_narrow(mode, index);
     const Panel p(buffers_.d, index);
     const int64_t ld = buffers_.ld;
     PanelReflectors<T> reflectors(p.padded, buffers_.n, ld);
@@ -76,13 +79,18 @@ class CpuSweep final : public FactorSweep {
     const Panel p(buffers_.d, index);
     const int64_t ld = buffers_.ld;
     T* x = X_ + p.first * ld;
-    unpack_triangle(L_ + p.triangle, D_.data(), p.width, p.padded);
-    solve_lower_transposed(D_.data(), p.padded, x, ld);
+    if (narrow()) {
+      solve_packed_transposed(L_ + p.triangle, p.width, x, ld, buffers_.n);
+    } else {
+      unpack_triangle(L_ + p.triangle, D_.data(), p.width, p.padded);
+      solve_lower_transposed(D_.data(), p.padded, x, ld);
+    }
     // this panel's rows in each panel to the left: every task has its own rows of rhs, so there is nothing to
     // reduce
     crew_.share(index, [&](int64_t task) {
       const Panel left(buffers_.d, task);
       const T* rows = L_ + left.rect + (p.first - left.first - left.width) * left.width;
+      if (narrow()) return subtract_rows(rows, p.width, x, X_ + left.first * ld, ld, buffers_.n);
       for (int64_t r = 0; r < p.width; r += kRowGroup) {
         const T* a = rows + r * left.width;
         micro_gemm<T>().sub(X_ + left.first * ld, ld, left.width, ld, a, 1, left.width,
@@ -93,6 +101,29 @@ class CpuSweep final : public FactorSweep {
   }
 
  private:
+  bool narrow() const { return buffers_.n <= kNarrowKeys; }
+
+  bool rotate_narrow(Mode mode, int64_t index) {
+    const Panel p(buffers_.d, index);
+    const int64_t ld = buffers_.ld;
+    T* triangle = L_ + p.triangle;
+    std::copy_n(triangle, packed_size(p.width), D_.data());
+    NarrowReflectors<T> reflectors(p.width, buffers_.n);
+    if (!reflectors.transform_triangle(mode, triangle, p.width, K_ + p.first * ld, ld)) {
+      std::copy_n(D_.data(), packed_size(p.width), triangle);
+      return false;
+    }
+    for (int64_t row = 0; X_ != nullptr && row < buffers_.n; ++row) {  // a row of the identity
+      reflectors.apply_row(X_ + p.first * ld + row, ld, p.width, K_ + (buffers_.padded + row) * ld);
+    }
+    crew_.share((p.below + kTaskRows - 1) / kTaskRows, [&](int64_t task) {
+      const int64_t row = task * kTaskRows;
+      reflectors.apply_rows(L_ + p.rect + row * kPanel, K_ + (p.first + p.width + row) * ld, ld,
+                            std::min(kTaskRows, p.below - row));
+    });
+    return true;
+  }
+
   SweepBuffers buffers_;
   T* L_;
   T* K_;

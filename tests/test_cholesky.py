@@ -18,7 +18,10 @@ from coachhook_fast.ops.cholesky import chol_downdate, chol_factor, chol_solve, 
 from coachhook_fast.reference import cholesky as reference
 from coachhook_fast.reference.cholesky import pack, packed_size, unpack
 
-SIZES = [(1, 1), (5, 3), (16, 10), (127, 4), (128, 10), (129, 17), (300, 1), (433, 40), (60, 200)]
+SIZES = [
+    (1, 1), (5, 3), (16, 10), (127, 4), (128, 10), (129, 17), (300, 1), (433, 40), (60, 200),
+    (433, 2), (301, 3), (420, 4), (420, 5),  # around kNarrowKeys, over several panels
+]  # fmt: skip
 # Largest relative error, in units of the type's epsilon times the condition number (some hundreds here).
 BOUND = {torch.float64: 1e-11, torch.float32: 3e-3}
 

@@ -40,11 +40,11 @@ def stopped_after(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-@pytest.fixture(scope="module")
-def factors() -> tuple[Tensor, Tensor]:
+@pytest.fixture(scope="module", params=[(1500, 120), (2500, 3)], ids=["blocks", "narrow"])
+def factors(request: pytest.FixtureRequest) -> tuple[Tensor, Tensor]:
     """(L, K) of two factors; K was added, so that it can be removed."""
     generator = torch.Generator().manual_seed(0)
-    d, n = 1500, 120
+    d, n = request.param
     A = torch.randn(2, d, 64, generator=generator, dtype=torch.float64)
     C = A @ A.mT + torch.eye(d, dtype=torch.float64)
     K = torch.randn(2, d, n, generator=generator, dtype=torch.float64)
@@ -95,4 +95,4 @@ def test_other_threads_run_meanwhile(factors: tuple[Tensor, Tensor]) -> None:
     during = ticks - before
     done.set()
     thread.join()
-    assert during > 5
+    assert during > (5 if K.shape[-1] > 100 else 0)

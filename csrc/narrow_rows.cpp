@@ -1,0 +1,241 @@
+#include "narrow_rows.h"
+
+#include <cmath>
+#include <utility>
+
+#include "packed_factor.h"
+#include "simd.h"
+
+namespace coachhook {
+namespace {
+
+// The rows of a block of as many columns change places with its columns.
+template <typename T, int BYTES>
+struct Transpose {
+  using vec = typename Vector<T, BYTES>::type;
+  static constexpr int LANES = BYTES / sizeof(T);
+
+  template <int H, std::size_t... I>
+  static ALWAYS_INLINE void exchange(vec& a, vec& b, std::index_sequence<I...>) {
+    const vec low = __builtin_shufflevector(a, b, ((I & H) ? LANES + I - H : I)...);
+    b = __builtin_shufflevector(a, b, ((I & H) ? LANES + I : I + H)...);
+    a = low;
+  }
+
+  template <int H = LANES / 2>
+  static ALWAYS_INLINE void run(vec (&t)[LANES]) {
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; ++i) {
+      if (!(i & H)) exchange<H>(t[i], t[i + H], std::make_index_sequence<LANES>());
+    }
+    if constexpr (H > 1) run<H / 2>(t);
+  }
+};
+
+// V vectors of rows at a time: as many as hide a column's latency behind each other.
+template <typename T, int BYTES, int N>
+ALWAYS_INLINE int64_t rows_in_vectors(T* A, T* K, int64_t ld, int64_t rows, const T* alpha, const T* beta,
+                                      const T* w) {
+  using vec = typename Vector<T, BYTES>::type;
+  constexpr int LANES = BYTES / sizeof(T), V = 2, GROUP = V * LANES;
+  int64_t done = 0;
+  for (; done + GROUP <= rows; done += GROUP) {
+    T* a = A + done * kPanel;
+    T* keys = K + done * ld;
+    const bool more = done + 2 * GROUP <= rows;
+    vec k[N][V] = {};
+#pragma GCC unroll 4
+    for (int i = 0; i < N; ++i) {
+#pragma GCC unroll 32
+      for (int r = 0; r < GROUP; ++r) k[i][r / LANES][r % LANES] = keys[r * ld + i];
+    }
+    for (int64_t c = 0; c < kPanel; c += LANES) {
+      if (more) {
+        const T* next = a + GROUP * (kPanel + c);
+        for (int64_t ahead = 0; ahead < GROUP * LANES; ahead += 64 / sizeof(T))
+          __builtin_prefetch(next + ahead);
+      }
+      vec t[V][LANES];
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) {
+#pragma GCC unroll 16
+        for (int r = 0; r < LANES; ++r) {
+          t[v][r] = *reinterpret_cast<const vec*>(a + (v * LANES + r) * kPanel + c);
+        }
+        Transpose<T, BYTES>::run(t[v]);
+      }
+#pragma GCC unroll 16
+      for (int j = 0; j < LANES; ++j) {
+#pragma GCC unroll 2
+        for (int v = 0; v < V; ++v) {
+          vec next = alpha[c + j] * t[v][j];
+#pragma GCC unroll 4
+          for (int i = 0; i < N; ++i) next += beta[(c + j) * N + i] * k[i][v];
+          const vec both = t[v][j] + next;
+#pragma GCC unroll 4
+          for (int i = 0; i < N; ++i) k[i][v] -= w[(c + j) * N + i] * both;
+          t[v][j] = next;
+        }
+      }
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) {
+        Transpose<T, BYTES>::run(t[v]);
+#pragma GCC unroll 16
+        for (int r = 0; r < LANES; ++r) {
+          *reinterpret_cast<vec*>(a + (v * LANES + r) * kPanel + c) = t[v][r];
+        }
+      }
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < N; ++i) {
+#pragma GCC unroll 32
+      for (int r = 0; r < GROUP; ++r) keys[r * ld + i] = k[i][r / LANES][r % LANES];
+    }
+  }
+  return done;
+}
+
+// sums [kPanel] += rows^T x for rows [4, kPanel], in the order in which they lie: memory's own prefetchers
+// follow.
+template <typename T, int BYTES>
+ALWAYS_INLINE void add_four_rows(T* sums, const T* rows, const T (&x)[4]) {
+  using vec = typename Vector<T, BYTES>::type;
+  for (int64_t c = 0; c < kPanel; c += BYTES / sizeof(T)) {
+    vec sum = *reinterpret_cast<const vec*>(sums + c);
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; ++r) sum += x[r] * *reinterpret_cast<const vec*>(rows + r * kPanel + c);
+    *reinterpret_cast<vec*>(sums + c) = sum;
+  }
+}
+
+template <typename T>
+struct Entries {
+  // rows done; what is left is less than two vectors
+  int64_t (*rows)(T* A, T* K, int64_t ld, int64_t rows, int64_t n, const T* alpha, const T* beta, const T* w);
+  void (*add)(T* sums, const T* rows, const T (&x)[4]);
+};
+
+#define COACHHOOK_ENTRY(NAME, TARGET, BYTES)                                                                 \
+  template <typename T>                                                                                      \
+  TARGET int64_t rows_##NAME(T* A, T* K, int64_t ld, int64_t rows, int64_t n, const T* alpha, const T* beta, \
+                             const T* w) {                                                                   \
+    switch (n) {                                                                                             \
+      case 1:                                                                                                \
+        return rows_in_vectors<T, BYTES, 1>(A, K, ld, rows, alpha, beta, w);                                 \
+      case 2:                                                                                                \
+        return rows_in_vectors<T, BYTES, 2>(A, K, ld, rows, alpha, beta, w);                                 \
+      case 3:                                                                                                \
+        return rows_in_vectors<T, BYTES, 3>(A, K, ld, rows, alpha, beta, w);                                 \
+      case 4:                                                                                                \
+        return rows_in_vectors<T, BYTES, 4>(A, K, ld, rows, alpha, beta, w);                                 \
+      default:                                                                                               \
+        return 0;                                                                                            \
+    }                                                                                                        \
+  }                                                                                                          \
+  template <typename T>                                                                                      \
+  TARGET void add_##NAME(T* sums, const T* rows, const T(&x)[4]) {                                           \
+    add_four_rows<T, BYTES>(sums, rows, x);                                                                  \
+  }
+
+COACHHOOK_ENTRY(generic, , 16)
+#if defined(__x86_64__)
+COACHHOOK_ENTRY(avx2, __attribute__((target("avx2,fma"))), 32)
+COACHHOOK_ENTRY(avx512, __attribute__((target("avx512f,fma"))), 64)
+#endif
+
+template <typename T>
+const Entries<T>& entries() {
+  static const Entries<T> chosen = [] {
+#if defined(__x86_64__)
+    if (widest_isa() == Isa::kAvx512) return Entries<T>{rows_avx512<T>, add_avx512<T>};
+    if (widest_isa() == Isa::kAvx2) return Entries<T>{rows_avx2<T>, add_avx2<T>};
+#endif
+    return Entries<T>{rows_generic<T>, add_generic<T>};
+  }();
+  return chosen;
+}
+
+}  // namespace
+
+template <typename T>
+void NarrowReflectors<T>::apply_row(T* A, int64_t stride, int64_t width, T* k) const {
+  for (int64_t c = 0; c < width; ++c) {
+    const T a = A[c * stride];
+    T next = alpha[c] * a;
+    for (int64_t i = 0; i < n; ++i) next += beta[c * n + i] * k[i];
+    for (int64_t i = 0; i < n; ++i) k[i] -= w[c * n + i] * (a + next);
+    A[c * stride] = next;
+  }
+}
+
+template <typename T>
+void NarrowReflectors<T>::apply_rows(T* A, T* K, int64_t ld, int64_t rows) const {
+  int64_t row = entries<T>().rows(A, K, ld, rows, n, alpha.data(), beta.data(), w.data());
+  for (; row < rows; ++row) apply_row(A + row * kPanel, 1, kPanel, K + row * ld);
+}
+
+template <typename T>
+bool NarrowReflectors<T>::transform_triangle(Mode mode, T* packed, int64_t width, T* K, int64_t ld) {
+  T* row = packed;
+  for (int64_t r = 0; r < width; row += ++r) {
+    T* k = K + r * ld;
+    apply_row(row, 1, r, k);
+    T square = 0;
+    for (int64_t i = 0; i < n; ++i) square += k[i] * k[i];
+    const T l = row[r], norm = std::sqrt(square);
+    const T after = mode == Mode::kUpdate ? l * l + square : (l - norm) * (l + norm);
+    if (!(after > 0)) return false;
+    row[r] = std::sqrt(after);
+    const T scale = T(1) / (l + row[r]);
+    const T omega = norm * scale;
+    const T tau = T(2) / (T(1) + omega * omega);
+    alpha[r] = mode == Mode::kUpdate ? tau - T(1) : T(1) / (tau - T(1));
+    const T factor = mode == Mode::kUpdate ? tau : -tau * alpha[r];
+    for (int64_t i = 0; i < n; ++i) {
+      w[r * n + i] = k[i] *= scale;
+      beta[r * n + i] = factor * k[i];
+    }
+  }
+  return true;
+}
+
+template <typename T>
+void solve_packed_transposed(const T* packed, int64_t width, T* x, int64_t ld, int64_t n) {
+  T column[kPanel];
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t r = 0; r < width; ++r) column[r] = x[r * ld + i];
+    for (int64_t r = width - 1; r >= 0; --r) {
+      const T* row = packed + packed_size(r);
+      const T value = column[r] /= row[r];
+#pragma omp simd
+      for (int64_t c = 0; c < r; ++c) column[c] -= row[c] * value;
+    }
+    for (int64_t r = 0; r < width; ++r) x[r * ld + i] = column[r];
+  }
+}
+
+template <typename T>
+void subtract_rows(const T* rows, int64_t count, const T* x, T* out, int64_t ld, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    T sums[kPanel] = {};
+    int64_t r = 0;
+    for (; r + 4 <= count; r += 4) {
+      const T* at = x + r * ld + i;
+      entries<T>().add(sums, rows + r * kPanel, {at[0], at[ld], at[2 * ld], at[3 * ld]});
+    }
+    for (; r < count; ++r) {
+      for (int64_t c = 0; c < kPanel; ++c) sums[c] += x[r * ld + i] * rows[r * kPanel + c];
+    }
+    for (int64_t c = 0; c < kPanel; ++c) out[c * ld + i] -= sums[c];
+  }
+}
+
+#define COACHHOOK_INSTANTIATE(T)                                                     \
+  template struct NarrowReflectors<T>;                                               \
+  template void solve_packed_transposed<T>(const T*, int64_t, T*, int64_t, int64_t); \
+  template void subtract_rows<T>(const T*, int64_t, const T*, T*, int64_t, int64_t);
+
+COACHHOOK_INSTANTIATE(float)
+COACHHOOK_INSTANTIATE(double)
+
+}  // namespace coachhook
