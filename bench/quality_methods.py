@@ -64,7 +64,11 @@ class Ours:
         for position, layer in enumerate(edits.layers):
             ordinary = edits.deltas[position].norms(editor.statistics.samples[layer])
             mean, std = ordinary.mean(), ordinary.std()
-            own = (edits.deltas[position].norms(edits.own_keys(position).T.to(ordinary)) - mean) / std
+            keys = edits.own_keys(position)
+            if keys.shape[1] == 0:  # not yet this layer's turn
+                figures.append({})
+                continue
+            own = (edits.deltas[position].norms(keys.T.to(ordinary)) - mean) / std
             z = (ordinary - mean) / std
             found = {f"own_z_{name}": float(own.quantile(share)) for name, share in QUANTILES.items()}
             found |= {f"ordinary_z_{name}": float(z.quantile(share)) for name, share in QUANTILES.items()}

@@ -39,6 +39,8 @@ class EditConfig:
 
     Args:
         layers: edited blocks, ascending; None takes `default_layers` of the model.
+        layer_turns: batches take turns: each edits every `layer_turns`-th of `layers`, the others only learn its keys.
+            1, as in the paper, edits all of them; len(layers) one at a time. `calibrated` only (docs/notes/turns.md).
         v_lr: Adam's learning rate for the target values; None takes one a request, see `targets.STEP_SHARE`.
         v_num_grad_steps: most Adam steps for a target value.
         v_weight_decay: weight of ||δ|| / ||v0||².
@@ -72,6 +74,7 @@ class EditConfig:
     """
 
     layers: tuple[int, ...] | None = None
+    layer_turns: int = 1
     v_lr: float | None = None
     v_num_grad_steps: int = 15
     v_weight_decay: float = 0.5
@@ -115,6 +118,11 @@ class EditConfig:
             _check_number(name, getattr(self, name), least=0.0)
         for name in ("v_num_grad_steps", "max_batch_tokens"):
             _check_number(name, getattr(self, name), least=1, integer=True)
+        _check_number("layer_turns", self.layer_turns, least=1, integer=True)
+        if self.layer_turns > 1 and self.gate != "calibrated":
+            raise ValueError(f"layer_turns must be 1 where the gate is {self.gate!r}, got {self.layer_turns}")
+        if self.layers is not None and self.layer_turns > len(self.layers):
+            raise ValueError(f"layer_turns must be at most the number of layers {self.layers}, got {self.layer_turns}")
         _check_number("stats_sequence_length", self.stats_sequence_length, least=2, integer=True)  # BOS and a token
         _check_number("threshold_keys", self.threshold_keys, least=2, integer=True)
         _check_number("context_tokens", self.context_tokens, least=1, integer=True)

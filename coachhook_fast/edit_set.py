@@ -24,7 +24,8 @@ class LayerUpdate:
     """What one batch did to one layer: Δ += R Xᵀ, C += K Kᵀ.
 
     Attributes:
-        keys: K [d, n]; residuals: R [m, n]; directions: X [d, n].
+        keys: K [d, n]; residuals: R [m, n]; directions: X [d, n]. R and X have no columns where it was not the layer's
+            turn: it only learned the keys.
         alpha: the batch's own bound on α (`sequence`): min over requests of max over tokens of z; inf otherwise.
     """
 
@@ -103,6 +104,12 @@ class EditSet:
         return self.config.layers
 
     @property
+    def turn(self) -> tuple[int, ...]:
+        """Positions of the layers that the next batch edits (`EditConfig.layer_turns`), ascending."""
+        turns = self.config.layer_turns
+        return tuple(range(len(self.batches) % turns, len(self.layers), turns))
+
+    @property
     def num_edits(self) -> int:
         return sum(len(batch.outcomes) for batch in self.batches)
 
@@ -121,10 +128,12 @@ class EditSet:
         return replace(self, batches=(*self.batches, batch))
 
     def own_keys(self, position: int) -> Tensor:
-        """K [d, N] of all edits, oldest first, in edited layer number `position`; ValueError where there are none."""
+        """K [d, N] of all edits made in edited layer number `position`, oldest first; ValueError where there are no
+        batches at all."""
         if not self.batches:
             raise ValueError("an edit set without batches has no keys")
-        return torch.cat([batch.layers[position].keys for batch in self.batches], dim=1)
+        updates = [batch.layers[position] for batch in self.batches]
+        return torch.cat([update.keys[:, : update.residuals.shape[1]] for update in updates], dim=1)
 
     def find(self, batch_id: str) -> Batch:
         """The batch called `batch_id`; ValueError with the known ids where there is none."""

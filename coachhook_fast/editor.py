@@ -196,20 +196,20 @@ class Editor:
             frozen(self.model),
             track("editing", len(tokens), "edit", progress) as bar,
         ):
-            pad_id, limit = self._pad_id, self.config.max_batch_tokens
+            pad_id, limit, last = self._pad_id, self.config.max_batch_tokens, self._last
             self._handle.disable()
-            tokens = away_from_sinks(self.partial, self.layers[-1], tokens, pad_id=pad_id, max_tokens=limit)
+            tokens = away_from_sinks(self.partial, last, tokens, pad_id=pad_id, max_tokens=limit)
             self._handle.enable()  # a new edit goes on top of all earlier ones, whoever has switched them off
             v0 = self._bare_outputs(tokens)
             cache = TargetCache(self.edit_set, tokens)
             bar.advance(len(cache.found), "found before")
             with torch.enable_grad():  # whatever the caller has switched off
                 found = optimise(
-                    self.partial, self.layers[-1], tokens, v0, self.config, pad_id=pad_id,
+                    self.partial, last, tokens, v0, self.config, pad_id=pad_id,
                     whole_rows=self.config.gate == "sequence", bar=bar, known=cache.found, keep=cache.keep,
                 )  # fmt: skip
             values = torch.stack([target.value for target in found], dim=1)
-            tell("values", self.layers[-1], V=values)
+            tell("values", last, V=values)
             updated = update_layers(
                 self.partial, self._handle, self.memories, self.edit_set, tokens, values, self._threshold,
                 pad_id=pad_id, tell=tell,
@@ -233,8 +233,13 @@ class Editor:
 
     def _bare_outputs(self, batch: Sequence[TokenisedRequest]) -> Tensor:
         """[m, n], the last edited block's output at the lookup positions, with the hooks as they are."""
-        last, limit = self.layers[-1], self.config.max_batch_tokens
-        return bare_outputs(self.partial, last, batch, pad_id=self._pad_id, max_tokens=limit)
+        limit = self.config.max_batch_tokens
+        return bare_outputs(self.partial, self._last, batch, pad_id=self._pad_id, max_tokens=limit)
+
+    @property
+    def _last(self) -> int:
+        """The last block that the next batch edits."""
+        return self.layers[self.edit_set.turn[-1]]
 
     def _threshold(self, position: int, delta: LowRankDelta, own: Tensor) -> Threshold:
         """The layer's threshold for a new delta with the edits' keys `own` [d, N]: a fresh τ, or the standing α."""

@@ -22,12 +22,12 @@ class Readings:
 
     Attributes:
         keys: K [d, n]: ½ bare prompt + ½ mean of the contexts.
-        outputs: [m, n], last edited block's output in the bare prompt.
+        outputs: [m, n], output of the last block to be edited in the bare prompt; None for a layer behind it.
         before_norm: [m, n], the layer's down-projection output in the bare prompt, where a post-norm follows it.
     """
 
     keys: Tensor
-    outputs: Tensor
+    outputs: Tensor | None
     before_norm: Tensor | None
 
 
@@ -35,6 +35,7 @@ class KeyCollector:
     """Reads keys and outputs of one batch, layer by layer, while the editor updates the layers.
 
     Args:
+        last: the block whose outputs are read, one of `layers`.
         whole_prompts: keep the tokens after the lookup position. Causal attention makes them irrelevant to every
             reading, except under the `sequence` gate, whose statistics see the whole prompt.
     """
@@ -45,12 +46,13 @@ class KeyCollector:
         layers: Sequence[int],
         batch: Sequence[TokenisedRequest],
         *,
+        last: int,
         pad_id: int,
         max_tokens: int,
         whole_prompts: bool,
     ) -> None:
         self.partial = partial
-        self.layers = tuple(layers)
+        self.layers, self.last = tuple(layers), last
         self.contexts = len(batch[0].rows)
         rows = [(row.prompt, row.lookup) for tokens in batch for row in tokens.rows]
         if not whole_prompts:
@@ -61,19 +63,20 @@ class KeyCollector:
     @torch.no_grad()
     def read(self, position: int) -> Readings:
         """Readings for edited layer number `position`, after the layers before it were updated."""
-        layer, last = self.layers[position], self.layers[-1]
+        layer = self.layers[position]
         mixed, outputs, before_norm = [], [], []
         for index, chunk in enumerate(self.chunks):
             found = self._pass(index, chunk, position, wanted=layer)
             keys = found.keys[layer][:, chunk.lookup].unflatten(0, (-1, self.contexts))  # [requests, contexts, d]
             bare = keys[:, -1]
             mixed.append(bare if self.contexts == 1 else 0.5 * bare + 0.5 * keys[:, :-1].mean(1))
-            outputs.append(self._bare(found.outputs[last], chunk.lookup))
+            if layer <= self.last:
+                outputs.append(self._bare(found.outputs[self.last], chunk.lookup))
             if layer in found.norm_inputs:
                 before_norm.append(self._bare(found.norm_inputs[layer], chunk.lookup))
         return Readings(
             keys=torch.cat(mixed).T,
-            outputs=torch.cat(outputs).T,
+            outputs=torch.cat(outputs).T if outputs else None,
             before_norm=torch.cat(before_norm).T if before_norm else None,
         )
 
@@ -82,15 +85,14 @@ class KeyCollector:
 
     def _pass(self, index: int, chunk: TokenBatch, position: int, wanted: int) -> Recorded:
         """Runs one chunk from before the block that the last update changed, and keeps the next starting point."""
-        last = self.layers[-1]
         start = self.layers[position - 1] - 1 if position > 0 else -1
         held = self._resume[index]
         resume = (start, held) if held is not None and start >= 0 else None
-        keep = {last} | ({wanted - 1} if wanted > 0 else set())
+        keep = ({self.last} if wanted <= self.last else set()) | ({wanted - 1} if wanted > 0 else set())
         _, found = self.partial.run(
             chunk.columns(0),
             resume=resume,
-            until=last,
+            until=max(self.last, wanted),
             keys=[wanted],
             outputs=sorted(keep),
         )

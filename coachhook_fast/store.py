@@ -138,7 +138,15 @@ def check_base(edit_set: EditSet, model_id: str) -> None:
 def check_continues(edit_set: EditSet, model_id: str, config: EditConfig) -> None:
     """ValueError unless editing can go on from `edit_set` with `config` on this model."""
     check_base(edit_set, model_id)
-    for name in ("layers", "mom2_update_weight", "gate", "context_seeds", "context_tokens", "subject_templates"):
+    for name in (
+        "layers",
+        "layer_turns",
+        "mom2_update_weight",
+        "gate",
+        "context_seeds",
+        "context_tokens",
+        "subject_templates",
+    ):
         old, new = getattr(edit_set.config, name), getattr(config, name)
         if old != new:
             raise ValueError(f"{name} is {new!r}, but the edits to go on from were made with {old!r}")

@@ -60,13 +60,14 @@ def update_layers(
     """Step 2, layer by layer, with keys and outputs read anew at each; leaves the result published in `hooks`.
 
     Args:
-        values: V [m, n].
+        values: V [m, n], for the output of the last layer whose turn it is; the layers whose turn it is not learn the
+            batch's keys (in `LayerUpdate.keys`) and change nothing.
         threshold: (position, new delta, keys [d, N] of all edits) -> the layer's threshold with it.
         tell: observer, see `Editor.edit`.
     """
-    config, count = edits.config, len(edits.layers)
+    config, count, turn = edits.config, len(edits.layers), edits.turn
     collector = KeyCollector(
-        partial, edits.layers, batch, pad_id=pad_id, max_tokens=config.max_batch_tokens,
+        partial, edits.layers, batch, last=edits.layers[turn[-1]], pad_id=pad_id, max_tokens=config.max_batch_tokens,
         whole_prompts=config.gate == "sequence",
     )  # fmt: skip
     rounding = torch.finfo(next(partial.model.parameters()).dtype).eps
@@ -74,25 +75,30 @@ def update_layers(
     updates, strengths = [], []
     for position, layer in enumerate(edits.layers):
         # Temporary hooks on the layers not yet updated, validated ones on those that are.
-        hooks.set_modes(["gated"] * position + ["always"] * (count - position))
+        hooks.set_modes(["always" if p in turn and p >= position else "gated" for p in range(count)])
         readings = collector.read(position)
         K = readings.keys.to(torch.float64)
-        R = (values - readings.outputs.to(values)) / (count - position)
+        X, s = memories[position].solve(K)
+        strengths.append(s)
+        old = edits.deltas[position]
+        if position not in turn:
+            nothing = old.B.new_zeros(old.out_features, 0), old.B.new_zeros(old.in_features, 0)
+            updates.append(LayerUpdate(K, nothing[0], nothing[1]))
+            continue
+        assert readings.outputs is not None
+        R = (values - readings.outputs.to(values)) / sum(p >= position for p in turn)
         R = torch.where(R.norm(dim=0) > noise, R, 0.0)
         if readings.before_norm is not None:
             norm = partial.layout.post_norm(partial.model, layer)
             assert norm is not None
             R = through_norm(norm, readings.before_norm, R)
-        X, s = memories[position].solve(K)
         tell("update", layer, K=K, R=R, X=X, s=s)
-        old = edits.deltas[position]
         update = LayerUpdate(K, R.to(old.dtype), X.to(old.dtype))
         delta = old.append(update.residuals, update.directions)
         own = torch.cat([edits.own_keys(position).to(K), K], dim=1) if edits.batches else K
         edits = edits.with_layer(position, delta, threshold(position, delta, own))
         hooks.publish(edits)
         updates.append(update)
-        strengths.append(s)
     hooks.enable()
     return Updated(edits, tuple(updates), torch.stack(strengths))
 

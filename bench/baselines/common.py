@@ -114,7 +114,7 @@ class Baseline(ABC):
 
     def collector(self, tokens: Sequence[TokenisedRequest]) -> KeyCollector:
         return KeyCollector(
-            self.partial, self.layers, tokens,
+            self.partial, self.layers, tokens, last=self.layers[-1],
             pad_id=self.pad_id, max_tokens=self.config.max_batch_tokens, whole_prompts=self.whole_rows,
         )  # fmt: skip
 

@@ -1,0 +1,114 @@
+"""`layer_turns`: batches take turns at the layers, and the layers whose turn it is not learn the keys."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from editor_cases import CONFIG, assert_same, edit, facts, logits, make, snapshot
+from tiny import tiny_tokenizer
+
+from coachhook_fast import EditConfig, Editor
+
+TURNS = CONFIG.replace(layers=(0, 1, 2), layer_turns=3)
+
+
+def test_each_batch_edits_the_layers_whose_turn_it_is() -> None:
+    editor = make(config=CONFIG.replace(layers=(0, 1, 2), layer_turns=2))
+    for index, turn in enumerate([(0, 2), (1,), (0, 2)]):
+        assert editor.edit_set.turn == turn
+        before = [hook.get_delta_weight() for hook in editor.hooks]
+        edit(editor, facts(2, seed=index))
+        after = [hook.get_delta_weight() for hook in editor.hooks]
+        changed = [p for p in range(3) if not torch.equal(before[p], after[p])]
+        assert tuple(changed) == turn
+
+
+def test_what_a_batch_does() -> None:
+    """The update of the layer in turn by its definition, R (C + K Kᵀ)⁻¹ K, and C of every layer."""
+    editor = make(config=TURNS)
+    edit(editor, facts(2))
+    before = [memory.matrix() for memory in editor.memories]
+    deltas = [hook.get_delta_weight().double() for hook in editor.hooks]
+    seen: dict[Any, Any] = {}
+    edit(editor, facts(3, seed=1), observer=lambda event, layer, **found: seen.setdefault((event, layer), found))
+    assert {layer for event, layer in seen if event == "update"} == {1}
+    assert seen["values", 1]["V"].shape[1] == 3
+    update = seen["update", 1]
+    K = update["K"]
+    expected = deltas[1] + update["R"].double() @ torch.linalg.solve(before[1] + K @ K.T, K).T
+    torch.testing.assert_close(editor.hooks[1].get_delta_weight().double(), expected, rtol=1e-4, atol=1e-5)
+    for position, memory in enumerate(editor.memories):
+        keys = editor.edit_set.batches[-1].layers[position].keys
+        assert keys.shape == (memory.matrix().shape[0], 3)
+        torch.testing.assert_close(memory.matrix(), before[position] + keys @ keys.T, rtol=1e-9, atol=1e-9)
+    assert torch.equal(K, editor.edit_set.batches[-1].layers[1].keys)
+
+
+def test_thresholds_look_at_the_edits_of_their_own_layer() -> None:
+    editor = make(config=TURNS)
+    edit(editor, facts(2))
+    assert [hook.threshold == float("inf") for hook in editor.hooks] == [False, True, True]
+    assert [editor.edit_set.own_keys(p).shape[1] for p in range(3)] == [2, 0, 0]
+
+
+def test_the_residual_is_that_of_the_layer_in_turn() -> None:
+    """With the gate open, what the outcome calls left is what the block's output lacks of the target value."""
+    editor = make(config=TURNS.replace(threshold_z=1e-6, mom2_update_weight=1e-3))
+    for index in range(3):
+        batch = edit(editor, facts(2, seed=index))
+        assert max(outcome.residual_left for outcome in batch.outcomes) < 0.5
+
+
+def test_rollback_save_and_load(tmp_path: Path) -> None:
+    editor = make(config=TURNS)
+    edit(editor, facts(2))
+    edit(editor, facts(2, seed=1))
+    before = snapshot(editor)
+    batch = edit(editor, facts(2, seed=2))
+    editor.save_pretrained(tmp_path)
+    again = make(config=TURNS)
+    answers = logits(editor.model)
+    again.unload()
+    reloaded = Editor(again.model, tiny_tokenizer(), edits=tmp_path)
+    assert torch.equal(logits(reloaded.model), answers)
+    editor.rollback(batch.id)
+    for one, other in zip(snapshot(editor), before, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    first = editor.ledger[0]
+    editor.rollback(first.id)  # out of order: layer 0 is as it came
+    assert editor.hooks[0].threshold == float("inf")
+    assert editor.hooks[1].delta.rank > 0
+
+
+def test_one_turn_is_the_paper() -> None:
+    editors = [make(config=CONFIG), make(config=CONFIG.replace(layer_turns=1))]
+    for editor in editors:
+        edit(editor, facts(3))
+    assert_same(snapshot(editors[0]), snapshot(editors[1]))
+    assert all(update.residuals.shape[1] == 3 for update in editors[0].edit_set.batches[0].layers)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"layer_turns": 0}, "layer_turns"),
+        ({"layer_turns": 1.5}, "layer_turns"),
+        ({"layers": (1, 2), "layer_turns": 3}, "at most the number of layers"),
+        ({"layer_turns": 2, "gate": "sequence"}, "'sequence'"),
+    ],
+)
+def test_bad_turns(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        EditConfig(**settings)
+
+
+def test_going_on_with_other_turns_is_refused(tmp_path: Path) -> None:
+    editor = make(config=TURNS)
+    edit(editor, facts(2))
+    editor.save_pretrained(tmp_path)
+    editor.unload()
+    with pytest.raises(ValueError, match="layer_turns"):
+        Editor(editor.model, tiny_tokenizer(), TURNS.replace(layer_turns=1), edits=tmp_path)
