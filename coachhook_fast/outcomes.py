@@ -62,7 +62,8 @@ def warn_of_weak(outcomes: Sequence[EditOutcome], config: EditConfig) -> None:
                 f"edit {outcome.request.text!r} -> {outcome.request.target_new!r} did not go in: "
                 f"{outcome.residual_left:.0%} of its residual is left. Insertion strength s a layer: {strengths} (it "
                 "takes s / (1 + s): where s is small, lower mom2_update_weight); where s is large the gate keeps the "
-                f"subject out (coachhook inspect shows it): {remedy}",
+                f"subject out (coachhook inspect shows it): {remedy}; a model that holds hundreds of edits holds more "
+                "where batches take turns at the layers (layer_turns)",
                 EditWarning,
                 stacklevel=3,
             )
