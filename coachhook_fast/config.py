@@ -39,8 +39,9 @@ class EditConfig:
 
     Args:
         layers: edited blocks, ascending; None takes `default_layers` of the model.
-        layer_turns: batches take turns: each edits every `layer_turns`-th of `layers`, the others only learn its keys.
-            1, as in the paper, edits all of them; len(layers) one at a time. `calibrated` only (docs/notes/turns.md).
+        layer_turns: batches take turns: each edits every `layer_turns`-th of `layers`, those with the fewest edits, and
+            the others only learn its keys. 1, as in the paper, edits all; len(layers) one at a time. `calibrated` only
+            (docs/notes/turns.md).
         v_lr: Adam's learning rate for the target values; None takes one a request, see `targets.STEP_SHARE`.
         v_num_grad_steps: most Adam steps for a target value.
         v_weight_decay: weight of ||δ|| / ||v0||².

@@ -105,9 +105,11 @@ class EditSet:
 
     @property
     def turn(self) -> tuple[int, ...]:
-        """Positions of the layers that the next batch edits (`EditConfig.layer_turns`), ascending."""
+        """Positions of the layers that the next batch edits (`EditConfig.layer_turns`), ascending: those that hold the
+        fewest edits, the first of several, so that a rollback or a large batch is made up for."""
         turns = self.config.layer_turns
-        return tuple(range(len(self.batches) % turns, len(self.layers), turns))
+        held = [sum(batch.layers[start].residuals.shape[1] for batch in self.batches) for start in range(turns)]
+        return tuple(range(held.index(min(held)), len(self.layers), turns))
 
     @property
     def num_edits(self) -> int:

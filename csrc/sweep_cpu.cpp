@@ -32,6 +32,7 @@ class CpuSweep final : public FactorSweep {
   }
 
   bool rotate(Mode mode, int64_t index) override {
+    // the way back after an interrupt is rare, and leads from the same w's whoever left them
     if (narrow() && mode != Mode::kUndo) return rotate_narrow(mode, index);
     const Panel p(buffers_.d, index);
     const int64_t ld = buffers_.ld;

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from editor_cases import CONFIG, assert_same, edit, facts, logits, make, snapshot
-from tiny import tiny_tokenizer
+from tiny import tiny_model, tiny_tokenizer
 
-from coachhook_fast import EditConfig, Editor
+from coachhook_fast import EditConfig, Editor, load_edits
 
 TURNS = CONFIG.replace(layers=(0, 1, 2), layer_turns=3)
 
@@ -78,9 +78,29 @@ def test_rollback_save_and_load(tmp_path: Path) -> None:
     for one, other in zip(snapshot(editor), before, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
     first = editor.ledger[0]
-    editor.rollback(first.id)  # out of order: layer 0 is as it came
+    editor.rollback(first.id)  # out of order: layer 0 is as it came, and the next in turn
     assert editor.hooks[0].threshold == float("inf")
     assert editor.hooks[1].delta.rank > 0
+    assert editor.edit_set.turn == (0,)
+
+
+def test_a_set_whose_layers_have_not_all_had_their_turn(tmp_path: Path) -> None:
+    editor = make(config=TURNS)
+    edit(editor, facts(1))
+    editor.save_pretrained(tmp_path)
+    model = tiny_model("llama")
+    load_edits(model, tmp_path)
+    assert torch.equal(logits(model), logits(editor.model))
+    assert [hook.delta.rank for hook in model.coachhook.hooks][1:] == [0, 0]
+
+
+def test_the_turn_goes_to_the_layers_with_the_fewest_edits() -> None:
+    editor = make(config=CONFIG.replace(layers=(0, 1), layer_turns=2))
+    turns = []
+    for size in (3, 1, 1, 1, 1):
+        turns.append(editor.edit_set.turn)
+        edit(editor, facts(size, seed=len(turns)))
+    assert turns == [(0,), (1,), (1,), (1,), (0,)]
 
 
 def test_one_turn_is_the_paper() -> None:
