@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
+from coachhook_fast.cache_argument import cache_argument
 from coachhook_fast.forward import PartialModel, TokenBatch
 
 
@@ -61,7 +62,7 @@ class PrefixCache:
             resume=(last, hidden[:, :columns]),
             until=len(partial.blocks) - 1,
             use_cache=True,
-            past_key_values=Cache(layers=layers),
+            **{cache_argument(partial.model): Cache(layers=layers)},
         )
         # The `sequence` gate keeps its running state in further layers behind those of the blocks.
         above = layers[last + 1 : len(partial.blocks)]
@@ -73,9 +74,9 @@ class PrefixCache:
     def select(self, rows: Tensor) -> PrefixCache:
         return PrefixCache(tuple(keys[rows] for keys in self.keys), tuple(values[rows] for values in self.values))
 
-    def options(self) -> dict[str, Any]:
-        """Arguments that make one forward pass of the model use these tensors as its cache."""
+    def options(self, model: nn.Module) -> dict[str, Any]:
+        """Arguments that make one forward pass of `model` use these tensors as its cache."""
         if not self.keys:
             return {}
         layers: list[Any] = [_FixedLayer(keys, values) for keys, values in zip(self.keys, self.values, strict=True)]
-        return {"use_cache": True, "past_key_values": Cache(layers=layers)}
+        return {"use_cache": True, cache_argument(model): Cache(layers=layers)}

@@ -189,7 +189,7 @@ class _Problem:
             result, _ = self.partial.run(
                 rows.tokens.columns(rows.tokens.lookup),
                 resume=(self.last, hidden),
-                **rows.cache.options(),
+                **rows.cache.options(self.partial.model),
             )
         logits = result.logits[0]
         logits = logits.to(shifts.device, torch.promote_types(logits.dtype, torch.float32))

@@ -36,7 +36,7 @@ def test_resumed_and_cached_columns_give_the_whole_models_logits(family: str) ->
         hidden = found.outputs[last]
         cache = PrefixCache.fill(partial, last, batch, hidden)
         result, _ = partial.run(
-            batch.columns(batch.lookup), resume=(last, hidden[:, batch.lookup :]), **cache.options()
+            batch.columns(batch.lookup), resume=(last, hidden[:, batch.lookup :]), **cache.options(partial.model)
         )
         for index, (row, lookup) in enumerate(zip(ROWS, LOOKUPS, strict=True)):
             alone = partial.model(torch.tensor([row])).logits[0, lookup:]

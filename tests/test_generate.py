@@ -20,7 +20,7 @@ from generate_cases import (
     reference,
     set_prompt,
 )
-from tiny import tiny_tokenizer
+from tiny import CACHE, tiny_tokenizer
 from torch import Tensor
 from transformers import CompileConfig, ContinuousBatchingConfig, DynamicCache, GenerationConfig, StaticCache
 
@@ -95,11 +95,11 @@ def test_quantised_cache(backend: str) -> None:
         assert generate(model, ids, **options) == generate(plain(model), ids, **options)
     sequence = hooked("sequence")
     cache = DynamicCache(config=sequence.config)
-    generate(sequence, ids, past_key_values=cache)
+    generate(sequence, ids, **{CACHE: cache})
     made = sequence.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, return_dict_in_generate=True, **options
     )
-    states = made.past_key_values.layers[5:]
+    states = made[CACHE].layers[5:]
     for layer, exact in zip(states, cache.layers[5:], strict=True):
         length = ids.shape[1]
         assert layer.keys[0, 0, :length, 0].tolist() == list(range(1, length + 1))  # counts, not quantised
@@ -175,13 +175,13 @@ def test_conversation_in_one_cache(gate: str, static: bool) -> None:
     history = first
     for text in TEXTS[1:3]:
         made = model.generate(
-            history, attention_mask=torch.ones_like(history), max_new_tokens=6, do_sample=False, past_key_values=cache
+            history, attention_mask=torch.ones_like(history), max_new_tokens=6, do_sample=False, **{CACHE: cache}
         )
         assert made[0, -6:].tolist() == reference(model, history, 6, prompt=first.shape[1])
         history = torch.cat([made, ids_of(text)], dim=1)
     if static:
         cache.reset()
-        assert generate(model, ids_of(TEXTS[3]), past_key_values=cache) == reference(model, ids_of(TEXTS[3]))
+        assert generate(model, ids_of(TEXTS[3]), **{CACHE: cache}) == reference(model, ids_of(TEXTS[3]))
 
 
 @pytest.mark.parametrize("gate", GATES)
@@ -190,16 +190,16 @@ def test_cropped_cache(gate: str) -> None:
     model = hooked(gate)
     ids = ids_of(TEXTS[0])
     cache = DynamicCache(config=model.config)
-    generate(model, ids, past_key_values=cache)
+    generate(model, ids, **{CACHE: cache})
     turn = ids_of(TEXTS[1])
     history = torch.cat([ids, turn], dim=1)
     cache.crop(ids.shape[1] - cache.get_seq_length())
     with torch.no_grad():
-        model(turn, past_key_values=cache)  # the turn in one pass
+        model(turn, **{CACHE: cache})  # the turn in one pass
     cache.crop(-(turn.shape[1] // 2))
     kept = history[:, : cache.get_seq_length()]
     other = torch.cat([kept, ids_of(TEXTS[2])], dim=1)
-    assert generate(model, other, past_key_values=cache) == reference(model, other, prompt=ids.shape[1])
+    assert generate(model, other, **{CACHE: cache}) == reference(model, other, prompt=ids.shape[1])
 
 
 def test_states_are_those_of_each_token() -> None:
@@ -210,7 +210,7 @@ def test_states_are_those_of_each_token() -> None:
     hook.register_forward_pre_hook(lambda module, args: norms.append(module.trace(args[0]).norm))
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(batch.input_ids, attention_mask=batch.attention_mask, past_key_values=cache)
+        model(batch.input_ids, attention_mask=batch.attention_mask, **{CACHE: cache})
     states = cache.layers[5].keys[:, 0]
     for row, mask in enumerate(batch.attention_mask.bool()):
         real = norms[0][row][mask]

@@ -17,7 +17,7 @@ from generate_cases import (
     ids_of,
     reference,
 )
-from tiny import tiny_model
+from tiny import CACHE, tiny_model
 from transformers import DynamicCache
 
 
@@ -59,9 +59,9 @@ def test_sequence_refuses_what_hides_the_boundaries(options: dict[str, Any], mes
 def test_sequence_refuses_packed_tokens_behind_a_cache() -> None:
     model = hooked("sequence")
     cache = DynamicCache(config=model.config)
-    model(torch.tensor([[5, 6, 7]]), past_key_values=cache)
+    model(torch.tensor([[5, 6, 7]]), **{CACHE: cache})
     with pytest.raises(ValueError, match="packed sequences in a cache"):
-        model(torch.tensor([[8, 9, 8, 9]]), past_key_values=cache, position_ids=torch.tensor([[3, 4, 0, 1]]))
+        model(torch.tensor([[8, 9, 8, 9]]), **{CACHE: cache}, position_ids=torch.tensor([[3, 4, 0, 1]]))
 
 
 # ------------------------------------------------------------------ threads, copies, unloading

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from plain_coachhook import published_hook, z_scores
-from tiny import tiny_tokenizer, watched
+from tiny import CACHE, tiny_tokenizer, watched
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
@@ -118,7 +118,7 @@ def generate(model: Any, ids: Tensor, *, steps: int, cache: bool) -> tuple[list[
     rows = []
     fresh = ids
     for _ in range(steps):
-        logits = model(fresh, past_key_values=past, use_cache=cache).logits[0, -1]
+        logits = model(fresh, **{CACHE: past}, use_cache=cache).logits[0, -1]
         rows.append(logits)
         tokens.append(int(logits.argmax()))
         fresh = torch.tensor([[tokens[-1]]])
@@ -225,7 +225,7 @@ class TestTrap04LaterTokens:
         ids = torch.tensor([tiny_tokenizer()(TEXTS[0]).input_ids])
         past = DynamicCache(config=model.config)
         with torch.no_grad():
-            chunks = [model(part, past_key_values=past).logits for part in (ids[:, :cut], ids[:, cut:])]
+            chunks = [model(part, **{CACHE: past}).logits for part in (ids[:, :cut], ids[:, cut:])]
         torch.testing.assert_close(torch.cat(chunks, 1)[0], logits_of(model, TEXTS[0]), rtol=1e-4, atol=1e-4)
 
     def test_sequence_is_the_published_rule_on_one_pass_and_its_state_does_not_depend_on_the_cut(

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer, StaticLayer
 
+from coachhook_fast.cache_argument import CACHE_ARGUMENTS, cache_argument, given_cache
 from coachhook_fast.gate import SequenceContext, ThreadContexts
 from coachhook_fast.layer import HookLinear
 
@@ -36,6 +37,7 @@ class SequenceTracker:
         for hook in hooks:
             hook.context = self.contexts
         self._model = model
+        self._cache_argument = cache_argument(model)
         self._hooks = tuple(hooks)
         self._handles = [
             model.register_forward_pre_hook(self._before, with_kwargs=True),
@@ -75,11 +77,11 @@ class SequenceTracker:
                 f"the sequence gate cannot tell padding from an attention_mask {kind}: pass a 2-D one, "
                 f"or {_USE_CALIBRATED}"
             )
-        cache = kwargs.get("past_key_values")
+        cache: Any = given_cache(kwargs)
         config: Any = model.config
         if cache is None and kwargs.get("use_cache", getattr(config, "use_cache", False)):
             # The model would make its own after this hook, too late for the state to ride in it.
-            cache = kwargs["past_key_values"] = DynamicCache(config=config)
+            cache = kwargs[self._cache_argument] = DynamicCache(config=config)
         if length > 1 and not torch.compiler.is_compiling():
             _look_for_packing(context, mask, kwargs, cache)
         if cache is not None:
@@ -119,7 +121,9 @@ def _look_for_packing(context: SequenceContext, mask: Tensor | None, kwargs: dic
         raise ValueError(f"the sequence gate cannot go on with packed sequences in a cache: {_USE_CALIBRATED}")
     if cache is not None and kwargs.get("use_cache") is not False:
         # Nothing can go on from a cache of packed sequences; without one the pass is judged all the same.
-        kwargs["use_cache"], kwargs["past_key_values"] = False, None
+        kwargs["use_cache"] = False
+        for name in CACHE_ARGUMENTS:
+            kwargs.pop(name, None)
     context.cu_seqlens = boundaries.to(torch.int32)
 
 
