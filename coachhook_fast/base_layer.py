@@ -34,9 +34,15 @@ def plain_weight(base: nn.Module) -> Tensor | None:
     None where only a call will do: subclasses, quantised or adapted layers, a replaced `forward`
     (accelerate's offloading), hooks of the user's.
     """
-    if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or "forward" in base.__dict__:
+    if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks:
         return None
-    if type(base) is not nn.Linear and not _is_conv1d(base):
+    return linear_weight(base)
+
+
+def linear_weight(base: nn.Module) -> Tensor | None:
+    """The weight ``[m, d]`` (a view) that the module's own `forward` multiplies with, whatever hooks stand around it;
+    None where it does not say."""
+    if "forward" in base.__dict__ or (type(base) is not nn.Linear and not _is_conv1d(base)):
         return None
     weight = base.weight
     if type(weight) is not nn.Parameter or not weight.is_floating_point():

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from coachhook_fast.architectures import Layout
+from coachhook_fast.products import fast_linears, replaced_forward
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ class PartialModel:
             options: further arguments of the model's forward.
         """
         recorded = Recorded()
-        with ExitStack() as stack:
+        with fast_linears(self.model), ExitStack() as stack:
             if resume is not None:
                 stack.enter_context(self._resumed(*resume))
             for index in keys:
@@ -149,7 +150,7 @@ class PartialModel:
         with ExitStack() as stack:
             if places.numel() < mask.numel():
                 for ffn in self.layout.ffns(self.model):
-                    stack.enter_context(_replaced_forward(ffn, _over(places, ffn.forward)))
+                    stack.enter_context(replaced_forward(ffn, _over(places, ffn.forward)))
             yield
 
     def _keep_output(self, index: int, recorded: Recorded) -> Any:
@@ -165,20 +166,8 @@ class PartialModel:
         with ExitStack() as stack:
             for index, block in enumerate(self.blocks[: last + 1]):
                 answer = output if index == last else None
-                stack.enter_context(_replaced_forward(block, _answering(answer, self._answers_tuple)))
+                stack.enter_context(replaced_forward(block, _answering(answer, self._answers_tuple)))
             yield
-
-
-@contextmanager
-def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    own = module.__dict__.get("forward")  # accelerate keeps its own `forward` on the instance: give that back
-    module.__dict__["forward"] = forward
-    try:
-        yield
-    finally:
-        del module.__dict__["forward"]
-        if own is not None:
-            module.__dict__["forward"] = own
 
 
 def _keep_input(module: nn.Module, index: int, kept: dict[int, Tensor]) -> Any:
