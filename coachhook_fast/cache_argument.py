@@ -1,4 +1,4 @@
-"""What a model calls the argument that takes its KV cache: `cache` from transformers 5.24 on, `past_key_values` before."""
+"""What a model calls the argument for its KV cache: `cache` from transformers 5.24 on, `past_key_values` before."""
 
 from __future__ import annotations
 

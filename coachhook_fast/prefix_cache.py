@@ -57,13 +57,8 @@ class PrefixCache:
             "attention_mask": tokens.attention_mask[:, :columns],
             "position_ids": tokens.position_ids[:, :columns],
         }
-        partial.run(
-            inputs,
-            resume=(last, hidden[:, :columns]),
-            until=len(partial.blocks) - 1,
-            use_cache=True,
-            **{cache_argument(partial.model): Cache(layers=layers)},
-        )
+        options: dict[str, Any] = {"use_cache": True, cache_argument(partial.model): Cache(layers=layers)}
+        partial.run(inputs, resume=(last, hidden[:, :columns]), until=len(partial.blocks) - 1, **options)
         # The `sequence` gate keeps its running state in further layers behind those of the blocks.
         above = layers[last + 1 : len(partial.blocks)]
         return cls(

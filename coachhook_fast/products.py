@@ -1,8 +1,8 @@
 """fp32 products with frozen weights on CPU, by oneDNN.
 
-PyTorch gives fp32 products to MKL, which on other makers' processors stays with AVX2: 230 where oneDNN reaches 500 Gflop/s
-on two Zen 5 cores, at the same precision (docs/notes/targets.md). The editor's passes are such products and little
-else. Nothing is copied or packed: oneDNN reads the module's own weight, transposed for the backward pass.
+PyTorch gives fp32 products to MKL, which on other makers' processors stays with AVX2: 230 where oneDNN reaches
+500 Gflop/s on two Zen 5 cores, at the same precision (docs/notes/targets.md). The editor's passes are such products and
+little else. Nothing is copied or packed: oneDNN reads the module's own weight, transposed for the backward pass.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def linear(
     weight: Tensor,  # [m, d], any strides
     bias: Tensor | None = None,  # [m]
 ) -> Tensor:  # [..., m]
-    """torch.nn.functional.linear, by oneDNN where that applies: fp32 on CPU, and no gradient of weight or bias asked."""
+    """torch.nn.functional.linear, by oneDNN where that applies: fp32 on CPU, no gradient of weight or bias asked."""
     if not _applies(x, weight, bias):
         return nn.functional.linear(x, weight, bias)
     return _Linear.apply(x, weight, bias) if torch.is_grad_enabled() and x.requires_grad else _product(x, weight, bias)
