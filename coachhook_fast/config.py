@@ -20,7 +20,7 @@ _EASYEDIT_ONLY = {
     "lm_head_module", "mom2_adjustment", "mom2_dataset", "mom2_n_samples", "mom2_dtype", "objective_optimization",
 }  # fmt: skip
 
-# The published settings of target values and contexts (arXiv 2403.05330) that the defaults differ from.
+# The published settings (arXiv 2403.05330) that the defaults differ from; layers are then those of `default_layers`.
 PAPER: dict[str, Any] = {
     "v_lr": 0.5,
     "v_num_grad_steps": 25,
@@ -28,20 +28,34 @@ PAPER: dict[str, Any] = {
     "clamp_norm_factor": 0.75,
     "context_seeds": ("The", "Therefore", "Because", "I", "You"),
     "subject_templates": (),
+    "layer_turns": 1,
+    "namesakes": 0,
 }
+
+
+_NAMESAKES = 8
+
+# Width of keys, summed over layers, in which a thousand edits were told from ordinary text (docs/notes/turns.md).
+_WIDTH_OF_A_THOUSAND = 13_824
 
 
 @dataclass(frozen=True)
 class EditConfig:
     """Settings of an editing run; every value is checked when the object is made.
 
-    The defaults are what docs/notes/ found best; `EditConfig(**PAPER)` finds target values as published.
+    The defaults are what docs/notes/ found best; `EditConfig(**PAPER)` edits as published. Where `layers` are named, or
+    the gate is `sequence`, the steps of a batch are the paper's unless `layer_turns` and `namesakes` say otherwise.
 
     Args:
-        layers: edited blocks, ascending; None takes `default_layers` of the model.
+        layers: edited blocks, ascending; None takes `turning_layers` of the model where batches take turns, else
+            `default_layers`.
         layer_turns: batches take turns: each edits every `layer_turns`-th of `layers`, those with the fewest edits, and
             the others only learn its keys. 1, as in the paper, edits all; len(layers) one at a time. `calibrated` only
-            (docs/notes/turns.md).
+            (docs/notes/turns.md). None: one at a time where `layers` is None and the gate is `calibrated`, else 1.
+        namesakes: most texts of the corpus a request in which another subject ends in the same token: their keys enter
+            the batch's solve without a residual, so that the edit passes them by (docs/notes/namesakes.md). None: 8
+            where `layer_turns` is above 1, else 0, as in the paper.
+        namesake_tokens: tokens of the corpus kept to find them in.
         v_lr: Adam's learning rate for the target values; None takes one a request, see `targets.STEP_SHARE`.
         v_num_grad_steps: most Adam steps for a target value.
         v_weight_decay: weight of ||δ|| / ||v0||².
@@ -75,7 +89,9 @@ class EditConfig:
     """
 
     layers: tuple[int, ...] | None = None
-    layer_turns: int = 1
+    layer_turns: int | None = None
+    namesakes: int | None = None
+    namesake_tokens: int = 1_000_000
     v_lr: float | None = None
     v_num_grad_steps: int = 15
     v_weight_decay: float = 0.5
@@ -119,11 +135,17 @@ class EditConfig:
             _check_number(name, getattr(self, name), least=0.0)
         for name in ("v_num_grad_steps", "max_batch_tokens"):
             _check_number(name, getattr(self, name), least=1, integer=True)
-        _check_number("layer_turns", self.layer_turns, least=1, integer=True)
-        if self.layer_turns > 1 and self.gate != "calibrated":
-            raise ValueError(f"layer_turns must be 1 where the gate is {self.gate!r}, got {self.layer_turns}")
-        if self.layers is not None and self.layer_turns > len(self.layers):
-            raise ValueError(f"layer_turns must be at most the number of layers {self.layers}, got {self.layer_turns}")
+        if self.layer_turns is not None:
+            _check_number("layer_turns", self.layer_turns, least=1, integer=True)
+            if self.layer_turns > 1 and self.gate != "calibrated":
+                raise ValueError(f"layer_turns must be 1 where the gate is {self.gate!r}, got {self.layer_turns}")
+            if self.layers is not None and self.layer_turns > len(self.layers):
+                raise ValueError(
+                    f"layer_turns must be at most the number of layers {self.layers}, got {self.layer_turns}"
+                )
+        if self.namesakes is not None:
+            _check_number("namesakes", self.namesakes, least=0, integer=True)
+        _check_number("namesake_tokens", self.namesake_tokens, least=0, integer=True)
         _check_number("stats_sequence_length", self.stats_sequence_length, least=2, integer=True)  # BOS and a token
         _check_number("threshold_keys", self.threshold_keys, least=2, integer=True)
         _check_number("context_tokens", self.context_tokens, least=1, integer=True)
@@ -161,6 +183,23 @@ class EditConfig:
         """Reads a YAML file, our own or one of EasyEdit's hparams (its keys without meaning here are passed over)."""
         return cls.from_dict(read_yaml(path))
 
+    def resolved(self, num_layers: int, key_dim: int) -> EditConfig:
+        """These settings for a model of `num_layers` blocks with keys of width `key_dim`: none of layers, layer_turns,
+        namesakes and mom2_update_weight is None. ValueError if layer_turns exceed the layers found."""
+        turning = (
+            self.layers is None and self.gate == "calibrated" if self.layer_turns is None else self.layer_turns > 1
+        )
+        layers = self.layers
+        if layers is None:
+            layers = turning_layers(num_layers, key_dim) if turning else default_layers(num_layers)
+        turns = self.layer_turns or (len(layers) if turning else 1)
+        return self.replace(
+            layers=tuple(layers),
+            layer_turns=turns,
+            namesakes=(_NAMESAKES if turns > 1 else 0) if self.namesakes is None else self.namesakes,
+            mom2_update_weight=self.mom2_update_weight or default_update_weight(key_dim),
+        )
+
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
@@ -179,10 +218,26 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key not in _EASYEDIT_ONLY}
 
 
+def turning_layers(num_layers: int, key_dim: int) -> tuple[int, ...]:
+    """Edited blocks where none are named and batches take turns: `default_layers` and their neighbours on both sides.
+
+    A layer tells so many edits from ordinary text as its keys are wide: blocks are added until their widths add up to
+    `_WIDTH_OF_A_THOUSAND`, from block 1 to the end of the first third of the model, behind which edits were seen to
+    answer for other subjects (docs/notes/turns.md). Gives 2-10 of 30 (SmolLM2, d 1 536), and the five of
+    `default_layers` from d 3 072 on.
+    """
+    own = default_layers(num_layers)
+    more = max(0, -(-_WIDTH_OF_A_THOUSAND // key_dim) - len(own))
+    first = min(own[0], max(1, own[0] - more // 2))
+    last = max(own[-1], min(num_layers // 3, own[-1] + more - more // 2))
+    return tuple(range(first, last + 1))
+
+
 def default_layers(num_layers: int) -> tuple[int, ...]:
-    """Edited blocks where none are named: five from about an eighth of the depth on (docs/notes/layers.md).
+    """Edited blocks where none are named and every batch edits all: five from about an eighth of the depth on.
 
     Gives 4-8 of 30 (SmolLM2) and 4-8 of 32 (Llama-2, as EasyEdit), close to the paper's 3-8 of 28 (GPT-J).
+    See docs/notes/layers.md.
     """
     first = max(0, round(num_layers * 0.13))
     last = min(first + 4, max(num_layers - 2, 0))

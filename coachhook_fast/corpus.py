@@ -25,18 +25,23 @@ def read_documents(corpus: Corpus, tokenizer: Any, max_tokens: int) -> list[list
         ValueError: the file does not exist, a record has no "text", or there is no text at all.
         TypeError: an item is of none of these kinds.
     """
-    documents: list[list[int]] = []
-    total = 0
-    for index, item in enumerate(_items(corpus)):
-        ids = _token_ids(item, index, tokenizer)
-        if ids:
-            documents.append(ids[: max_tokens - total])
-            total += len(documents[-1])
-        if total >= max_tokens:
-            break
+    documents = cut_documents((_token_ids(item, i, tokenizer) for i, item in enumerate(_items(corpus))), max_tokens)
     if not documents:
         raise ValueError(f"corpus holds no text: {corpus!r:.100}")
     return documents
+
+
+def cut_documents(documents: Iterable[list[int]], max_tokens: int) -> list[list[int]]:
+    """The documents with tokens among the first `max_tokens`, the last of them cut there; no more are asked for."""
+    kept: list[list[int]] = []
+    room = max_tokens
+    for document in documents:
+        if document and room > 0:
+            kept.append(document[:room])
+            room -= len(kept[-1])
+        if room <= 0:
+            break
+    return kept
 
 
 def content_hash(documents: Sequence[Sequence[int]]) -> str:

@@ -108,6 +108,7 @@ class EditSet:
         """Positions of the layers that the next batch edits (`EditConfig.layer_turns`), ascending: those that hold the
         fewest edits, the first of several, so that a rollback or a large batch is made up for."""
         turns = self.config.layer_turns
+        assert turns is not None  # resolved when the set was made
         held = [sum(batch.layers[start].residuals.shape[1] for batch in self.batches) for start in range(turns)]
         return tuple(range(held.index(min(held)), len(self.layers), turns))
 

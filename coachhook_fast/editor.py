@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from coachhook_fast import store, thresholds
 from coachhook_fast.architectures import down_projection_size, layout_of
-from coachhook_fast.config import EditConfig, default_layers, default_update_weight
+from coachhook_fast.config import EditConfig, default_layers
 from coachhook_fast.contexts import write_contexts
-from coachhook_fast.corpus import Corpus
+from coachhook_fast.corpus import Corpus, begin_tokens
 from coachhook_fast.delta import LowRankDelta
 from coachhook_fast.edit_set import Batch, EditSet, without
 from coachhook_fast.forward import PartialModel, frozen
@@ -29,9 +29,10 @@ from coachhook_fast.interrupts import deferred
 from coachhook_fast.keys import bare_outputs
 from coachhook_fast.memory import KeyMemory
 from coachhook_fast.models import context_length, fingerprint
+from coachhook_fast.namesakes import find_namesakes
 from coachhook_fast.outcomes import EditWarning, outcomes_of, warn_of_weak
 from coachhook_fast.progress import track
-from coachhook_fast.request import EditRequest, TokenisedRequest, tokenise_batch
+from coachhook_fast.request import EditRequest, TokenisedRequest, TokenRow, tokenise_batch
 from coachhook_fast.sinks import away_from_sinks
 from coachhook_fast.statistics import KeyStatistics
 from coachhook_fast.statistics_cache import model_statistics
@@ -70,12 +71,14 @@ class Editor:
         )
         self.model, self.tokenizer = model, tokenizer
         self.partial = PartialModel(model, layout)
-        layers = config.layers or default_layers(len(self.partial.blocks))
+        num_layers = len(self.partial.blocks)
+        typical = layout.down_projection(model, default_layers(num_layers)[0])
+        out_features, self.key_dim = down_projection_size(typical)
+        config = config.resolved(num_layers, self.key_dim)
+        assert config.layers is not None
+        layers = config.layers
         self._handle = Hooks(model, layout, layers, config.gate)
         try:
-            out_features, self.key_dim = down_projection_size(self.hooks[0].base_layer)
-            weight = config.mom2_update_weight or default_update_weight(self.key_dim)
-            config = config.replace(layers=tuple(layers), mom2_update_weight=weight)
             self.model_id = fingerprint(model)
             if saved is not None:
                 store.check_continues(saved, self.model_id, config)
@@ -177,8 +180,8 @@ class Editor:
         Args:
             requests: the facts to change.
             progress: show a bar on stderr.
-            observer: called as observer(event, layer, **tensors) with "values" (V), "update" (K, R, X, s) a layer and
-                "threshold" (value) a layer.
+            observer: called as observer(event, layer, **tensors) with "values" (V), "update" (K, R, X, s, and N, the
+                namesakes' keys) a layer and "threshold" (value) a layer.
 
         Raises:
             ValueError: see `request.tokenise_batch`, `targets.optimise`, `KeyMemory.solve`; or the editor was unloaded.
@@ -212,7 +215,7 @@ class Editor:
             tell("values", last, V=values)
             updated = update_layers(
                 self.partial, self._handle, self.memories, self.edit_set, tokens, values, self._threshold,
-                pad_id=pad_id, tell=tell,
+                namesakes=self._namesakes(tokens), pad_id=pad_id, tell=tell,
             )  # fmt: skip
             if self.config.gate == "sequence":
                 updated = lower_alphas(self.partial, self._handle, updated, tokens)
@@ -235,6 +238,14 @@ class Editor:
         """[m, n], the last edited block's output at the lookup positions, with the hooks as they are."""
         limit = self.config.max_batch_tokens
         return bare_outputs(self.partial, self._last, batch, pad_id=self._pad_id, max_tokens=limit)
+
+    def _namesakes(self, batch: Sequence[TokenisedRequest]) -> list[TokenRow]:
+        """Texts of the corpus that the batch should pass by."""
+        assert self.statistics is not None
+        assert self.config.namesakes is not None
+        return find_namesakes(
+            self.statistics.text, batch, self.tokenizer, begin=begin_tokens(self.tokenizer), most=self.config.namesakes
+        )
 
     @property
     def _last(self) -> int:

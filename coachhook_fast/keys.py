@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,10 +33,11 @@ class Readings:
 
 
 class KeyCollector:
-    """Reads keys and outputs of one batch, layer by layer, while the editor updates the layers.
+    """Reads keys and outputs of some texts, layer by layer, while the editor updates the layers.
 
     Args:
-        last: the block whose outputs are read, one of `layers`.
+        rows: `each` a column: contexts, the bare prompt last.
+        last: the block whose outputs are read, one of `layers`; None reads keys alone.
         whole_prompts: keep the tokens after the lookup position. Causal attention makes them irrelevant to every
             reading, except under the `sequence` gate, whose statistics see the whole prompt.
     """
@@ -44,29 +46,39 @@ class KeyCollector:
         self,
         partial: PartialModel,
         layers: Sequence[int],
-        batch: Sequence[TokenisedRequest],
+        rows: Sequence[TokenRow],
         *,
-        last: int,
+        each: int,
+        last: int | None,
         pad_id: int,
         max_tokens: int,
-        whole_prompts: bool,
+        whole_prompts: bool = False,
     ) -> None:
         self.partial = partial
-        self.layers, self.last = tuple(layers), last
-        self.contexts = len(batch[0].rows)
-        rows = [(row.prompt, row.lookup) for tokens in batch for row in tokens.rows]
-        if not whole_prompts:
-            rows = [(prompt[: lookup + 1], lookup) for prompt, lookup in rows]
-        self.chunks = _chunks(rows, self.contexts, max_tokens, pad_id, partial.device)
-        self._resume: list[Tensor | None] = [None] * len(self.chunks)
+        self.layers, self.last = tuple(layers), -1 if last is None else last
+        self.contexts = each
+        texts = [(row.prompt if whole_prompts else row.prompt[: row.lookup + 1], row.lookup) for row in rows]
+        self.chunks = _chunks(texts, self.contexts, max_tokens, pad_id, partial.device)
+        # Of each chunk: a block that no later update changes, and its output.
+        self._resume: list[tuple[int, Tensor] | None] = [None] * len(self.chunks)
+
+    @classmethod
+    def of_requests(
+        cls, partial: PartialModel, layers: Sequence[int], batch: Sequence[TokenisedRequest], **options: Any
+    ) -> KeyCollector:
+        """A column a request: all its rows."""
+        return cls(
+            partial, layers, [row for tokens in batch for row in tokens.rows], each=len(batch[0].rows), **options
+        )
 
     @torch.no_grad()
     def read(self, position: int) -> Readings:
-        """Readings for edited layer number `position`, after the layers before it were updated."""
+        """Readings for edited layer number `position`, after the layers before it were updated; ascending, and not
+        every layer need be read."""
         layer = self.layers[position]
         mixed, outputs, before_norm = [], [], []
         for index, chunk in enumerate(self.chunks):
-            found = self._pass(index, chunk, position, wanted=layer)
+            found = self._pass(index, chunk, wanted=layer)
             keys = found.keys[layer][:, chunk.lookup].unflatten(0, (-1, self.contexts))  # [requests, contexts, d]
             bare = keys[:, -1]
             mixed.append(bare if self.contexts == 1 else 0.5 * bare + 0.5 * keys[:, :-1].mean(1))
@@ -83,20 +95,18 @@ class KeyCollector:
     def _bare(self, hidden: Tensor, column: int) -> Tensor:
         return hidden[self.contexts - 1 :: self.contexts, column]
 
-    def _pass(self, index: int, chunk: TokenBatch, position: int, wanted: int) -> Recorded:
-        """Runs one chunk from before the block that the last update changed, and keeps the next starting point."""
-        start = self.layers[position - 1] - 1 if position > 0 else -1
-        held = self._resume[index]
-        resume = (start, held) if held is not None and start >= 0 else None
+    def _pass(self, index: int, chunk: TokenBatch, wanted: int) -> Recorded:
+        """Runs one chunk from before the first block that may have changed, and keeps the next starting point."""
         keep = ({self.last} if wanted <= self.last else set()) | ({wanted - 1} if wanted > 0 else set())
         _, found = self.partial.run(
             chunk.columns(0),
-            resume=resume,
+            resume=self._resume[index],
             until=max(self.last, wanted),
             keys=[wanted],
             outputs=sorted(keep),
         )
-        self._resume[index] = found.outputs.get(wanted - 1)
+        if wanted > 0:
+            self._resume[index] = (wanted - 1, found.outputs[wanted - 1])
         return found
 
 

@@ -13,7 +13,7 @@ import os
 import time
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,8 @@ class KeyStatistics:
         tokens: number of keys in the moments.
         model: fingerprint of the base model.
         run: content key of the run that took them, "" where it has none.
+        text: [N] int32 tokens of the corpus (see `namesakes.joined`), more of it than the moments are of; empty in
+            files of earlier versions.
     """
 
     moments: dict[int, Tensor]
@@ -50,6 +52,7 @@ class KeyStatistics:
     tokens: int
     model: str
     run: str = ""
+    text: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int32))
 
     def check(self, layers: Sequence[int], key_dim: int, model: str) -> None:
         """ValueError unless these are the statistics of `layers` of the model with fingerprint `model`."""
@@ -66,6 +69,7 @@ class KeyStatistics:
     def save(self, path: Path) -> None:
         tensors = {f"moment.{layer}": moment.contiguous() for layer, moment in self.moments.items()}
         tensors |= {f"sample.{layer}": sample.contiguous() for layer, sample in self.samples.items()}
+        tensors["text"] = self.text
         _save_atomically(tensors, {"tokens": str(self.tokens), "model": self.model, "run": self.run}, path)
 
     @classmethod
@@ -80,6 +84,7 @@ class KeyStatistics:
             tokens=int(metadata["tokens"]),
             model=metadata["model"],
             run=metadata.get("run", ""),
+            text=tensors.get("text", torch.empty(0, dtype=torch.int32)),
         )
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from coachhook_fast.config import EditConfig
-from coachhook_fast.corpus import Corpus, begin_tokens, content_hash, read_documents, sample_documents
+from coachhook_fast.corpus import Corpus, begin_tokens, content_hash, cut_documents, read_documents, sample_documents
 from coachhook_fast.forward import PartialModel
 from coachhook_fast.models import cache_dir, context_length
+from coachhook_fast.namesakes import joined
 from coachhook_fast.statistics import KeyStatistics, collect, run_name
 
 _SEED = 0
@@ -50,12 +51,15 @@ def model_statistics(
     # A budget in tokens, cut to rows of a fixed length: a long context cannot blow it up.
     length = min(config.stats_sequence_length, context_length(partial.model) or config.stats_sequence_length)
     begin = begin_tokens(tokenizer)
-    documents = None if corpus is None else read_documents(corpus, tokenizer, budget)
+    # What is kept to find namesakes in may be more than what the statistics are of.
+    text = None if corpus is None else read_documents(corpus, tokenizer, max(budget, config.namesake_tokens))
+    documents = None if text is None else cut_documents(text, budget)
     run = run_name(
         model=model_id,
         layers=config.layers,
-        corpus=f"self {_SEED}" if documents is None else content_hash(documents),
+        corpus=f"self {_SEED}" if text is None else content_hash(text),
         tokens=budget,
+        kept=config.namesake_tokens,
         tolerance=config.mom2_tolerance,
         length=length,
         keys=config.threshold_keys,
@@ -67,6 +71,8 @@ def model_statistics(
         return held
     if documents is None:
         documents = list(sample_documents(partial.model, tokenizer, budget, seed=_SEED, length=min(128, length)))
+        text = documents
+    assert text is not None
     statistics = collect(
         partial,
         documents,
@@ -82,7 +88,7 @@ def model_statistics(
         run=run,
         progress=progress,
     )
-    statistics = replace(statistics, run=run)
+    statistics = replace(statistics, run=run, text=joined(cut_documents(text, config.namesake_tokens)))
     statistics.save(_path(run))
     return statistics
 

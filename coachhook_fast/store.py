@@ -89,7 +89,8 @@ def load(folder: Path) -> EditSet:
 
 
 def _edit_set_of(folder: Path, manifest: Mapping[str, Any]) -> EditSet:
-    config = EditConfig.from_dict(manifest["config"])
+    # Versions that did not know these settings edited as the paper does.
+    config = EditConfig.from_dict({"layer_turns": 1, "namesakes": 0, **manifest["config"]})
     assert config.layers is not None  # read_manifest has looked
     layers = len(config.layers)
     return EditSet(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from coachhook_fast.hooks import Hooks
 from coachhook_fast.keys import KeyCollector
 from coachhook_fast.memory import KeyMemory
 from coachhook_fast.post_norm import through_norm
-from coachhook_fast.request import TokenisedRequest
+from coachhook_fast.request import TokenisedRequest, TokenRow
 from coachhook_fast.thresholds import reachable_alphas
 
 Observer = Callable[..., None]
@@ -54,6 +55,7 @@ def update_layers(
     values: Tensor,
     threshold: Callable[[int, LowRankDelta, Tensor], Threshold],
     *,
+    namesakes: Sequence[TokenRow],
     pad_id: int,
     tell: Observer,
 ) -> Updated:
@@ -62,14 +64,15 @@ def update_layers(
     Args:
         values: V [m, n], for the output of the last layer whose turn it is; the layers whose turn it is not learn the
             batch's keys (in `LayerUpdate.keys`) and change nothing.
+        namesakes: texts that the edits should pass by (see namesakes.py).
         threshold: (position, new delta, keys [d, N] of all edits) -> the layer's threshold with it.
         tell: observer, see `Editor.edit`.
     """
     config, count, turn = edits.config, len(edits.layers), edits.turn
-    collector = KeyCollector(
-        partial, edits.layers, batch, last=edits.layers[turn[-1]], pad_id=pad_id, max_tokens=config.max_batch_tokens,
-        whole_prompts=config.gate == "sequence",
-    )  # fmt: skip
+    limits: dict[str, Any] = {"pad_id": pad_id, "max_tokens": config.max_batch_tokens}
+    last, whole = edits.layers[turn[-1]], config.gate == "sequence"
+    collector = KeyCollector.of_requests(partial, edits.layers, batch, last=last, whole_prompts=whole, **limits)
+    others = KeyCollector(partial, edits.layers, namesakes, each=1, last=None, **limits)
     rounding = torch.finfo(next(partial.model.parameters()).dtype).eps
     noise = min(_ROUNDINGS * rounding, _LARGEST_NOISE) * values.norm(dim=0)
     updates, strengths = [], []
@@ -78,7 +81,8 @@ def update_layers(
         hooks.set_modes(["always" if p in turn and p >= position else "gated" for p in range(count)])
         readings = collector.read(position)
         K = readings.keys.to(torch.float64)
-        X, s = memories[position].solve(K)
+        N = others.read(position).keys.to(K) if namesakes and position in turn else K[:, :0]
+        X, s = (found[..., : K.shape[1]] for found in memories[position].solve(torch.cat([K, N], dim=1)))
         strengths.append(s)
         old = edits.deltas[position]
         if position not in turn:
@@ -92,7 +96,7 @@ def update_layers(
             norm = partial.layout.post_norm(partial.model, layer)
             assert norm is not None
             R = through_norm(norm, readings.before_norm, R)
-        tell("update", layer, K=K, R=R, X=X, s=s)
+        tell("update", layer, K=K, R=R, X=X, s=s, N=N)
         update = LayerUpdate(K, R.to(old.dtype), X.to(old.dtype))
         delta = old.append(update.residuals, update.directions)
         own = torch.cat([edits.own_keys(position).to(K), K], dim=1) if edits.batches else K

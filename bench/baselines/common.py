@@ -113,7 +113,7 @@ class Baseline(ABC):
         return torch.stack([target.value for target in found], dim=1)
 
     def collector(self, tokens: Sequence[TokenisedRequest]) -> KeyCollector:
-        return KeyCollector(
+        return KeyCollector.of_requests(
             self.partial, self.layers, tokens, last=self.layers[-1],
             pad_id=self.pad_id, max_tokens=self.config.max_batch_tokens, whole_prompts=self.whole_rows,
         )  # fmt: skip
