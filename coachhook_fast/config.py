@@ -74,7 +74,7 @@ class EditConfig:
         threshold_rule: "own_keys", "zscore" or "fpr", how `calibrated` finds τ (see thresholds.calibrated_threshold and
             docs/notes/gates.md).
         threshold_own: for "own_keys", where τ lies between ordinary text (0) and the edits' own keys (1).
-        threshold_z: standard deviations above the mean for "zscore"; "own_keys" takes at most twice as many.
+        threshold_z: standard deviations above the mean for "zscore"; "own_keys" takes at most three times as many.
         threshold_fpr: share of ordinary tokens that may pass for "fpr", and at most for "own_keys".
         threshold_keys: ordinary keys kept a layer to find τ.
         context_seeds: beginnings from which the model writes the context texts.
@@ -106,7 +106,7 @@ class EditConfig:
     gate: str = "calibrated"
     alpha: float = 2.2
     threshold_rule: str = "own_keys"
-    threshold_own: float = 0.8
+    threshold_own: float = 0.75
     threshold_z: float = 8.0
     threshold_fpr: float = 3e-3
     threshold_keys: int = 4096

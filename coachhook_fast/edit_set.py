@@ -106,11 +106,17 @@ class EditSet:
     @property
     def turn(self) -> tuple[int, ...]:
         """Positions of the layers that the next batch edits (`EditConfig.layer_turns`), ascending: those that hold the
-        fewest edits, the first of several, so that a rollback or a large batch is made up for."""
-        turns = self.config.layer_turns
+        fewest edits, so that a rollback or a large batch is made up for; of several the ones in the middle, so that few
+        edits stand where keys separate best."""
+        turns, count = self.config.layer_turns, len(self.layers)
         assert turns is not None  # resolved when the set was made
-        held = [sum(batch.layers[start].residuals.shape[1] for batch in self.batches) for start in range(turns)]
-        return tuple(range(held.index(min(held)), len(self.layers), turns))
+        groups = [tuple(range(start, count, turns)) for start in range(turns)]
+
+        def rank(group: tuple[int, ...]) -> tuple[int, float]:
+            held = sum(batch.layers[group[0]].residuals.shape[1] for batch in self.batches)
+            return held, abs(sum(group) / len(group) - (count - 1) / 2)
+
+        return min(groups, key=rank)
 
     @property
     def num_edits(self) -> int:

@@ -19,6 +19,10 @@ from coachhook_fast.request import TokenisedRequest
 _ROUNDING_UNITS = 64
 _LARGEST_MARGIN = 0.02
 
+# Few edits stand so far out that a share of the way would shut out other wordings: "own_keys" stops at so many
+# threshold_z (docs/notes/gates.md).
+_MOST_Z = 3.0
+
 # The edits that "own_keys" lets go: a few stand at keys that ordinary text shares.
 _OWN_QUANTILE = 0.05
 
@@ -39,7 +43,7 @@ def calibrated_threshold(norms: torch.Tensor, own: torch.Tensor, config: EditCon
         own: [N], ||Δk|| over the keys of all edits.
         config: `threshold_rule` "zscore": τ = mean + threshold_z * std; "fpr": the quantile that a share
             `threshold_fpr` of the sample passes; "own_keys": the share `threshold_own` of the way from the mean to the
-            5 % quantile of `own`, at least the quantile of "fpr" and at most mean + 2 threshold_z std.
+            5 % quantile of `own`, at least the quantile of "fpr" and at most mean + 3 threshold_z std.
 
     Raises:
         ValueError: fewer than two norms, or a norm is not finite.
@@ -57,7 +61,7 @@ def calibrated_threshold(norms: torch.Tensor, own: torch.Tensor, config: EditCon
         return Threshold(ordinary, mean, std)
     low = float(own.detach().to(torch.float64).quantile(_OWN_QUANTILE))
     wished = mean + config.threshold_own * (low - mean)
-    return Threshold(max(ordinary, min(wished, mean + 2 * config.threshold_z * std)), mean, std)
+    return Threshold(max(ordinary, min(wished, mean + _MOST_Z * config.threshold_z * std)), mean, std)
 
 
 @torch.no_grad()
