@@ -323,7 +323,7 @@ class PlainCoachHook:
 
     def calibrated_threshold(self, i: int) -> float:
         """τ: mean + z·std of ‖Δk‖ over the corpus keys, or the value that `threshold_fpr` of them reach, or, between
-        that and twice as many std, the share `threshold_own` of the way from the mean to the own keys' 5 % quantile."""
+        that and three times as many std, the share `threshold_own` of the way from the mean to the own keys' 5 % quantile."""
         settings, delta = self.settings, self.Wh[i] - self.W0[i]
         norms = (self.corpus_keys[i] @ delta.T).norm(dim=-1)
         mean, std = float(norms.mean()), float(norms.std())
@@ -336,7 +336,7 @@ class PlainCoachHook:
         place = 0.05 * (len(own) - 1)
         low = own[int(place)] + (place - int(place)) * (own[min(int(place) + 1, len(own) - 1)] - own[int(place)])
         wished = mean + settings.threshold_own * (low - mean)
-        return max(float(passed), min(wished, mean + 2 * settings.threshold_z * std))
+        return max(float(passed), min(wished, mean + 3 * settings.threshold_z * std))
 
     @torch.no_grad()
     def lowest_peak(self, i: int, facts: Sequence[dict[str, Any]]) -> float:

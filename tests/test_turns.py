@@ -34,25 +34,25 @@ def test_what_a_batch_does() -> None:
     deltas = [hook.get_delta_weight().double() for hook in editor.hooks]
     seen: dict[Any, Any] = {}
     edit(editor, facts(3, seed=1), observer=lambda event, layer, **found: seen.setdefault((event, layer), found))
-    assert {layer for event, layer in seen if event == "update"} == {1}
-    assert seen["values", 1]["V"].shape[1] == 3
-    update = seen["update", 1]
+    assert {layer for event, layer in seen if event == "update"} == {0}
+    assert seen["values", 0]["V"].shape[1] == 3
+    update = seen["update", 0]
     K, N = update["K"], update["N"]
     assert N.shape[1] > 0  # the corpus has other texts that end in the subjects' last tokens
-    expected = deltas[1] + update["R"].double() @ torch.linalg.solve(before[1] + K @ K.T + N @ N.T, K).T
-    torch.testing.assert_close(editor.hooks[1].get_delta_weight().double(), expected, rtol=1e-4, atol=1e-5)
+    expected = deltas[0] + update["R"].double() @ torch.linalg.solve(before[0] + K @ K.T + N @ N.T, K).T
+    torch.testing.assert_close(editor.hooks[0].get_delta_weight().double(), expected, rtol=1e-4, atol=1e-5)
     for position, memory in enumerate(editor.memories):
         keys = editor.edit_set.batches[-1].layers[position].keys
         assert keys.shape == (memory.matrix().shape[0], 3)
         torch.testing.assert_close(memory.matrix(), before[position] + keys @ keys.T, rtol=1e-9, atol=1e-9)
-    assert torch.equal(K, editor.edit_set.batches[-1].layers[1].keys)
+    assert torch.equal(K, editor.edit_set.batches[-1].layers[0].keys)
 
 
 def test_thresholds_look_at_the_edits_of_their_own_layer() -> None:
     editor = make(config=TURNS)
     edit(editor, facts(2))
-    assert [hook.threshold == float("inf") for hook in editor.hooks] == [False, True, True]
-    assert [editor.edit_set.own_keys(p).shape[1] for p in range(3)] == [2, 0, 0]
+    assert [hook.threshold == float("inf") for hook in editor.hooks] == [True, False, True]
+    assert [editor.edit_set.own_keys(p).shape[1] for p in range(3)] == [0, 2, 0]
 
 
 def test_the_residual_is_that_of_the_layer_in_turn() -> None:
@@ -79,10 +79,10 @@ def test_rollback_save_and_load(tmp_path: Path) -> None:
     for one, other in zip(snapshot(editor), before, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
     first = editor.ledger[0]
-    editor.rollback(first.id)  # out of order: layer 0 is as it came, and the next in turn
-    assert editor.hooks[0].threshold == float("inf")
-    assert editor.hooks[1].delta.rank > 0
-    assert editor.edit_set.turn == (0,)
+    editor.rollback(first.id)  # out of order: layer 1 is as it came, and the next in turn
+    assert editor.hooks[1].threshold == float("inf")
+    assert editor.hooks[0].delta.rank > 0
+    assert editor.edit_set.turn == (1,)
 
 
 def test_a_set_whose_layers_have_not_all_had_their_turn(tmp_path: Path) -> None:
@@ -92,7 +92,16 @@ def test_a_set_whose_layers_have_not_all_had_their_turn(tmp_path: Path) -> None:
     model = tiny_model("llama")
     load_edits(model, tmp_path)
     assert torch.equal(logits(model), logits(editor.model))
-    assert [hook.delta.rank for hook in model.coachhook.hooks][1:] == [0, 0]
+    assert [hook.delta.rank > 0 for hook in model.coachhook.hooks] == [False, True, False]
+
+
+def test_turns_begin_in_the_middle() -> None:
+    editor = make(config=CONFIG.replace(layers=(0, 1, 2), layer_turns=3))
+    turns = []
+    for seed in range(4):
+        turns.append(editor.edit_set.turn)
+        edit(editor, facts(1, seed=seed))
+    assert turns == [(1,), (0,), (2,), (1,)]
 
 
 def test_the_turn_goes_to_the_layers_with_the_fewest_edits() -> None:
