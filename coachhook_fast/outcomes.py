@@ -47,6 +47,8 @@ _REMEDIES = {
 def warn_of_weak(outcomes: Sequence[EditOutcome], config: EditConfig) -> None:
     """One EditWarning for each request with more than RESIDUAL_LEFT_LIMIT left, or that holds in context only."""
     remedy = "lower alpha" if config.gate == "sequence" else _REMEDIES[config.threshold_rule]
+    if config.gate == "calibrated" and config.layer_turns == 1:
+        remedy += "; a model holds more edits where batches take turns at the layers (layer_turns)"
     for outcome in outcomes:
         if outcome.in_context_only:
             warnings.warn(
@@ -62,8 +64,7 @@ def warn_of_weak(outcomes: Sequence[EditOutcome], config: EditConfig) -> None:
                 f"edit {outcome.request.text!r} -> {outcome.request.target_new!r} did not go in: "
                 f"{outcome.residual_left:.0%} of its residual is left. Insertion strength s a layer: {strengths} (it "
                 "takes s / (1 + s): where s is small, lower mom2_update_weight); where s is large the gate keeps the "
-                f"subject out (coachhook inspect shows it): {remedy}; a model that holds hundreds of edits holds more "
-                "where batches take turns at the layers (layer_turns)",
+                f"subject out (coachhook inspect shows it): {remedy}",
                 EditWarning,
                 stacklevel=3,
             )

@@ -65,6 +65,7 @@ def _applies(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return (
         x.dtype == weight.dtype == torch.float32
         and x.device.type == weight.device.type == "cpu"
+        and (weight.is_contiguous() or weight.T.is_contiguous())  # other strides take oneDNN a thousand times as long
         and x.numel() >= _ENOUGH_ROWS * x.shape[-1] > 0
         and not weight.requires_grad
         and not (bias is not None and bias.requires_grad)

@@ -27,6 +27,7 @@ from torch import Tensor
 from coachhook_fast.corpus import pack_rows
 from coachhook_fast.distributed import ranks
 from coachhook_fast.forward import PartialModel, frozen
+from coachhook_fast.products import linear
 from coachhook_fast.progress import track
 
 _HELD_OUT = 256  # keys on which the error is estimated
@@ -134,9 +135,10 @@ class KeyAccumulator:
         if slot not in self.sums:
             self.sums[slot] = torch.zeros(width, width, dtype=torch.float64, device=keys.device)
         step = -(-width // _TILES)
+        columns = keys.T.contiguous()
         for start in range(0, width, step):
             tile = slice(start, min(start + step, width))
-            self.sums[slot][start:, tile] += keys[:, start:].T @ keys[:, tile]
+            self.sums[slot][start:, tile] += linear(columns[start:], columns[tile])
 
     def is_enough(self, unseen: dict[int, Tensor], tolerance: float) -> bool:
         """Whether `error` is below `tolerance`, asked of some of the `unseen` keys when the sums have grown by half."""

@@ -73,7 +73,8 @@ COACHHOOK_CLONES void dot_row(const uint16_t* row, bool is_bf16, const float* x,
 // rate (docs/notes/gated-linear.md). The operator is torch's own, called by name: no header declares it.
 at::Tensor product(const at::Tensor& x, const at::Tensor& matrix) {
   static const auto linear = c10::Dispatcher::singleton().findSchema({"mkldnn::_linear_pointwise", ""});
-  if (x.scalar_type() != at::kFloat || x.size(0) < kOneDnnRows || matrix.numel() == 0 || !linear ||
+  const bool dense = matrix.is_contiguous() || matrix.t().is_contiguous();  // else oneDNN is very slow
+  if (x.scalar_type() != at::kFloat || x.size(0) < kOneDnnRows || !dense || matrix.numel() == 0 || !linear ||
       !at::globalContext().hasMKLDNN() || !at::globalContext().userEnabledMkldnn()) {
     return at::mm(x, matrix.t());
   }

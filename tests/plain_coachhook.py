@@ -323,7 +323,7 @@ class PlainCoachHook:
 
     def calibrated_threshold(self, i: int) -> float:
         """τ: mean + z·std of ‖Δk‖ over the corpus keys, or the value that `threshold_fpr` of them reach, or, between
-        that and three times as many std, the share `threshold_own` of the way from the mean to the own keys' 5 % quantile."""
+        that and three times as many std, the share `threshold_own` of the way from mean to 5 % of the own keys."""
         settings, delta = self.settings, self.Wh[i] - self.W0[i]
         norms = (self.corpus_keys[i] @ delta.T).norm(dim=-1)
         mean, std = float(norms.mean()), float(norms.std())

@@ -51,12 +51,15 @@ def test_value_and_gradient_of_a_product(
 
 
 @needs_onednn
-@pytest.mark.parametrize("case", ["fp64", "bf16", "few rows", "weight learns", "bias learns", "autocast", "no tokens"])
+@pytest.mark.parametrize(
+    "case", ["fp64", "bf16", "few rows", "weight learns", "bias learns", "autocast", "no tokens", "strides"]
+)
 def test_everything_else_is_torch_own(case: str, calls: list[torch.Size]) -> None:
     x, weight, bias = torch.randn(40, 24), torch.randn(8, 24), torch.randn(8)
     if case in ("fp64", "bf16"):
         dtype = torch.float64 if case == "fp64" else torch.bfloat16
         x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
+    weight = torch.randn(8, 48)[:, ::2] if case == "strides" else weight
     x = x[:15] if case == "few rows" else x[:0] if case == "no tokens" else x
     weight.requires_grad_(case == "weight learns")
     bias.requires_grad_(case == "bias learns")

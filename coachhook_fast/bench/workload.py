@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from coachhook_fast.products import linear
 from coachhook_fast.request import EditRequest
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -36,14 +37,15 @@ def corpus() -> Any:
 
 
 def gemm_rate(rows: int = 1024, inner: int = 576, columns: int = 1536) -> float:
-    """Measured flops a second of an fp32 product of a block's shape: the rate of the floor.
+    """Measured flops a second of an fp32 product of a block's shape, by what the editor's passes use: the rate of the
+    floor.
 
     Machines are noisy: of several moments, the one with the highest rate says what the machine can do.
     """
-    a, b = torch.randn(rows, inner), torch.randn(inner, columns)
+    a, b = torch.randn(rows, inner), torch.randn(columns, inner)
     taken = []
     for _ in range(12):
         begin = time.perf_counter()
-        a @ b
+        linear(a, b)
         taken.append(time.perf_counter() - begin)
     return 2.0 * rows * inner * columns / sorted(taken)[3]
