@@ -104,19 +104,18 @@ class EditSet:
         return self.config.layers
 
     @property
-    def turn(self) -> tuple[int, ...]:
-        """Positions of the layers that the next batch edits (`EditConfig.layer_turns`), ascending: those that hold the
-        fewest edits, so that a rollback or a large batch is made up for; of several the ones in the middle, so that few
-        edits stand where keys separate best."""
+    def turn_order(self) -> list[tuple[int, ...]]:
+        """Groups of positions that are edited together (`EditConfig.layer_turns`), the next in turn first: those that
+        hold the fewest edits, so that a rollback or a large batch is made up for; of several the ones in the middle, so
+        that few edits stand where keys separate best."""
         turns, count = self.config.layer_turns, len(self.layers)
         assert turns is not None  # resolved when the set was made
-        groups = [tuple(range(start, count, turns)) for start in range(turns)]
 
         def rank(group: tuple[int, ...]) -> tuple[int, float]:
             held = sum(batch.layers[group[0]].residuals.shape[1] for batch in self.batches)
             return held, abs(sum(group) / len(group) - (count - 1) / 2)
 
-        return min(groups, key=rank)
+        return sorted((tuple(range(start, count, turns)) for start in range(turns)), key=rank)
 
     @property
     def num_edits(self) -> int:

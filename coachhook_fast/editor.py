@@ -37,7 +37,8 @@ from coachhook_fast.sinks import away_from_sinks
 from coachhook_fast.statistics import KeyStatistics
 from coachhook_fast.statistics_cache import model_statistics
 from coachhook_fast.target_cache import TargetCache
-from coachhook_fast.targets import optimise
+from coachhook_fast.targets import Target, optimise
+from coachhook_fast.turns import Turn, in_batch_order, turns_of
 from coachhook_fast.updates import Observer, lower_alphas, update_layers
 
 
@@ -199,22 +200,30 @@ class Editor:
             frozen(self.model),
             track("editing", len(tokens), "edit", progress) as bar,
         ):
-            pad_id, limit, last = self._pad_id, self.config.max_batch_tokens, self._last
+            pad_id, limit = self._pad_id, self.config.max_batch_tokens
+            turns = turns_of(self.edit_set, tokens)
             self._handle.disable()
-            tokens = away_from_sinks(self.partial, last, tokens, pad_id=pad_id, max_tokens=limit)
+            tokens = away_from_sinks(
+                self.partial, max(turn.last for turn in turns), tokens, pad_id=pad_id, max_tokens=limit
+            )
             self._handle.enable()  # a new edit goes on top of all earlier ones, whoever has switched them off
-            v0 = self._bare_outputs(tokens)
+            v0 = self._bare_outputs(tokens, turns)
             cache = TargetCache(self.edit_set, tokens)
             bar.advance(len(cache.found), "found before")
+            targets: dict[int, Target] = {}
             with torch.enable_grad():  # whatever the caller has switched off
-                found = optimise(
-                    self.partial, last, tokens, v0, self.config, pad_id=pad_id,
-                    whole_rows=self.config.gate == "sequence", bar=bar, known=cache.found, keep=cache.keep,
-                )  # fmt: skip
-            values = torch.stack([target.value for target in found], dim=1)
-            tell("values", last, V=values)
+                for turn in turns:
+                    found = optimise(
+                        self.partial, turn.last, tokens, v0, self.config, pad_id=pad_id,
+                        whole_rows=self.config.gate == "sequence", bar=bar, only=turn.requests, known=cache.found,
+                        keep=cache.keep,
+                    )  # fmt: skip
+                    tell("values", turn.last, V=torch.stack([target.value for target in found], dim=1))
+                    targets |= zip(turn.requests, found, strict=True)
+            ordered = [targets[index] for index in range(len(tokens))]
             updated = update_layers(
-                self.partial, self._handle, self.memories, self.edit_set, tokens, values, self._threshold,
+                self.partial, self._handle, self.memories, self.edit_set, tokens, turns,
+                torch.stack([target.value for target in ordered], dim=1), self._threshold,
                 namesakes=self._namesakes(tokens), pad_id=pad_id, tell=tell,
             )  # fmt: skip
             if self.config.gate == "sequence":
@@ -224,7 +233,7 @@ class Editor:
             batch = Batch(
                 id=uuid.uuid4().hex[:12],
                 time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-                outcomes=outcomes_of(tokens, found, v0, self._bare_outputs(tokens), updated.strengths),
+                outcomes=outcomes_of(tokens, ordered, v0, self._bare_outputs(tokens, turns), updated.strengths),
                 seconds=time.monotonic() - started,
                 layers=updated.layers,
                 thresholds=updated.edits.thresholds,
@@ -234,10 +243,11 @@ class Editor:
         warn_of_weak(batch.outcomes, self.config)
         return batch
 
-    def _bare_outputs(self, batch: Sequence[TokenisedRequest]) -> Tensor:
-        """[m, n], the last edited block's output at the lookup positions, with the hooks as they are."""
-        limit = self.config.max_batch_tokens
-        return bare_outputs(self.partial, self._last, batch, pad_id=self._pad_id, max_tokens=limit)
+    def _bare_outputs(self, batch: Sequence[TokenisedRequest], turns: Sequence[Turn]) -> Tensor:
+        """[m, n], output of the last block of each request's turn at its lookup, with the hooks as they are."""
+        limits = {"pad_id": self._pad_id, "max_tokens": self.config.max_batch_tokens}
+        parts = [bare_outputs(self.partial, t.last, [batch[index] for index in t.requests], **limits) for t in turns]
+        return in_batch_order(parts, turns)
 
     def _namesakes(self, batch: Sequence[TokenisedRequest]) -> list[TokenRow]:
         """Texts of the corpus that the batch should pass by."""
@@ -246,11 +256,6 @@ class Editor:
         return find_namesakes(
             self.statistics.text, batch, self.tokenizer, begin=begin_tokens(self.tokenizer), most=self.config.namesakes
         )
-
-    @property
-    def _last(self) -> int:
-        """The last block that the next batch edits."""
-        return self.layers[self.edit_set.turn[-1]]
 
     def _threshold(self, position: int, delta: LowRankDelta, own: Tensor) -> Threshold:
         """The layer's threshold for a new delta with the edits' keys `own` [d, N]: a fresh τ, or the standing α."""

@@ -23,7 +23,7 @@ class Readings:
 
     Attributes:
         keys: K [d, n]: ½ bare prompt + ½ mean of the contexts.
-        outputs: [m, n], output of the last block to be edited in the bare prompt; None for a layer behind it.
+        outputs: [m, n], output of the block asked for in the bare prompt; None where none was.
         before_norm: [m, n], the layer's down-projection output in the bare prompt, where a post-norm follows it.
     """
 
@@ -37,7 +37,6 @@ class KeyCollector:
 
     Args:
         rows: `each` a column: contexts, the bare prompt last.
-        last: the block whose outputs are read, one of `layers`; None reads keys alone.
         whole_prompts: keep the tokens after the lookup position. Causal attention makes them irrelevant to every
             reading, except under the `sequence` gate, whose statistics see the whole prompt.
     """
@@ -49,13 +48,12 @@ class KeyCollector:
         rows: Sequence[TokenRow],
         *,
         each: int,
-        last: int | None,
         pad_id: int,
         max_tokens: int,
         whole_prompts: bool = False,
     ) -> None:
         self.partial = partial
-        self.layers, self.last = tuple(layers), -1 if last is None else last
+        self.layers = tuple(layers)
         self.contexts = each
         texts = [(row.prompt if whole_prompts else row.prompt[: row.lookup + 1], row.lookup) for row in rows]
         self.chunks = _chunks(texts, self.contexts, max_tokens, pad_id, partial.device)
@@ -72,18 +70,18 @@ class KeyCollector:
         )
 
     @torch.no_grad()
-    def read(self, position: int) -> Readings:
+    def read(self, position: int, last: int | None = None) -> Readings:
         """Readings for edited layer number `position`, after the layers before it were updated; ascending, and not
-        every layer need be read."""
+        every layer need be read. Outputs are those of block `last`, the layer's own or one behind it."""
         layer = self.layers[position]
         mixed, outputs, before_norm = [], [], []
         for index, chunk in enumerate(self.chunks):
-            found = self._pass(index, chunk, wanted=layer)
+            found = self._pass(index, chunk, layer, last)
             keys = found.keys[layer][:, chunk.lookup].unflatten(0, (-1, self.contexts))  # [requests, contexts, d]
             bare = keys[:, -1]
             mixed.append(bare if self.contexts == 1 else 0.5 * bare + 0.5 * keys[:, :-1].mean(1))
-            if layer <= self.last:
-                outputs.append(self._bare(found.outputs[self.last], chunk.lookup))
+            if last is not None:
+                outputs.append(self._bare(found.outputs[last], chunk.lookup))
             if layer in found.norm_inputs:
                 before_norm.append(self._bare(found.norm_inputs[layer], chunk.lookup))
         return Readings(
@@ -95,13 +93,13 @@ class KeyCollector:
     def _bare(self, hidden: Tensor, column: int) -> Tensor:
         return hidden[self.contexts - 1 :: self.contexts, column]
 
-    def _pass(self, index: int, chunk: TokenBatch, wanted: int) -> Recorded:
+    def _pass(self, index: int, chunk: TokenBatch, wanted: int, last: int | None) -> Recorded:
         """Runs one chunk from before the first block that may have changed, and keeps the next starting point."""
-        keep = ({self.last} if wanted <= self.last else set()) | ({wanted - 1} if wanted > 0 else set())
+        keep = {block for block in (wanted - 1, last) if block is not None and block >= 0}
         _, found = self.partial.run(
             chunk.columns(0),
             resume=self._resume[index],
-            until=max(self.last, wanted),
+            until=wanted if last is None else last,
             keys=[wanted],
             outputs=sorted(keep),
         )

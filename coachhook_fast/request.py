@@ -136,6 +136,14 @@ def last_token_before(tokenizer: Any, text: str, end: int) -> int:
     return len(tokenizer(text[:end])["input_ids"]) - 1
 
 
+def by_subject(batch: Sequence[TokenisedRequest]) -> list[list[int]]:
+    """Places in the batch of the requests about one subject, subject by subject."""
+    clusters: dict[str, list[int]] = {}
+    for index, tokens in enumerate(batch):
+        clusters.setdefault(" ".join(tokens.request.subject.split()).casefold(), []).append(index)
+    return list(clusters.values())
+
+
 def tokenise_batch(
     requests: Sequence[EditRequest], tokenizer: Any, contexts: Sequence[str], max_length: int | None
 ) -> list[TokenisedRequest]:

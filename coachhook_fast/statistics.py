@@ -327,6 +327,8 @@ def _save_atomically(tensors: dict[str, Tensor], metadata: dict[str, str], path:
 def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            # Copies, since products of tensors that lie where the file puts them can differ in their last bits.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            return tensors, file.metadata() or {}
     except Exception as error:
         raise ValueError(f"{path} cannot be read as safetensors: {error}") from error

@@ -29,7 +29,7 @@ from coachhook_fast.config import EditConfig
 from coachhook_fast.distributed import ranks
 from coachhook_fast.forward import PartialModel
 from coachhook_fast.progress import Bar
-from coachhook_fast.request import TokenisedRequest
+from coachhook_fast.request import TokenisedRequest, by_subject
 from coachhook_fast.target_rows import TargetRows, needs_kl_row
 
 # A step's rows are padded to the longest of their group. Once a group has this many tokens a step, matrix products are
@@ -64,16 +64,18 @@ def optimise(
     pad_id: int,
     whole_rows: bool,
     bar: Bar | None = None,
+    only: Sequence[int] | None = None,
     known: Mapping[int, Target] | None = None,
     keep: Callable[[dict[int, Target]], None] | None = None,
 ) -> list[Target]:
-    """Target values of `batch`, in its order.
+    """Target values of `batch`, or of its requests `only`, in their order.
 
     Args:
         last: last edited block; δ is added to its output.
         v0: [m, n] clean outputs at the lookup positions (`keys.bare_outputs`).
         whole_rows: feed the last target token too; only the `sequence` gate's statistics can tell the difference.
         bar: advanced by one a request.
+        only: positions in the batch; with a request, all others about its subject.
         known: targets found before an interruption, by position in the batch; they are not sought again.
         keep: given the targets of each group as soon as they are found.
 
@@ -83,10 +85,12 @@ def optimise(
     Raises:
         ValueError: a loss is not finite; the message names the request.
     """
+    only = range(len(batch)) if only is None else only
     results = {index: _moved(target, v0.device) for index, target in (known or {}).items()}
+    clusters = [members for members in by_subject(batch) if any(i in only and i not in results for i in members)]
     mine: dict[int, Target] = {}
     rank, world = ranks()
-    waiting = _groups(_merged(batch, results), batch, config.max_batch_tokens, whole_rows)[rank::world]
+    waiting = _groups(clusters, batch, config.max_batch_tokens, whole_rows)[rank::world]
     while waiting:
         group = waiting.pop(0)
         members = [index for cluster in group for index in cluster]
@@ -109,7 +113,7 @@ def optimise(
             keep(named)
     for part in _from_all_ranks(mine, world):
         results |= {index: _moved(target, v0.device) for index, target in part.items()}
-    return [results[index] for index in range(len(batch))]
+    return [results[index] for index in only]
 
 
 class _Problem:
@@ -202,14 +206,6 @@ class _Problem:
         total = self.config.v_weight_decay * shifts.norm(dim=1) / self.v0[requests].norm(dim=1).square()
         total = total.to(log_p.dtype).index_add(0, rows.request, nll)
         return total.index_add(0, rows.fixed_request, kl)
-
-
-def _merged(batch: Sequence[TokenisedRequest], known: Mapping[int, Target]) -> list[list[int]]:
-    """Clusters of requests about one subject, each in order; those whose targets are all known are left out."""
-    clusters: dict[str, list[int]] = {}
-    for index, tokens in enumerate(batch):
-        clusters.setdefault(" ".join(tokens.request.subject.split()).casefold(), []).append(index)
-    return [members for members in clusters.values() if not all(index in known for index in members)]
 
 
 def _groups(

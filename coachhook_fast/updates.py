@@ -22,6 +22,7 @@ from coachhook_fast.memory import KeyMemory
 from coachhook_fast.post_norm import through_norm
 from coachhook_fast.request import TokenisedRequest, TokenRow
 from coachhook_fast.thresholds import reachable_alphas
+from coachhook_fast.turns import Turn
 
 Observer = Callable[..., None]
 
@@ -29,6 +30,9 @@ Observer = Callable[..., None]
 # already asks for no change.
 _ROUNDINGS = 64
 _LARGEST_NOISE = 0.01
+
+
+_NOBODYS = Turn((), -1, ())
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ def update_layers(
     memories: Sequence[KeyMemory],
     edits: EditSet,
     batch: Sequence[TokenisedRequest],
+    turns: Sequence[Turn],
     values: Tensor,
     threshold: Callable[[int, LowRankDelta, Tensor], Threshold],
     *,
@@ -62,45 +67,51 @@ def update_layers(
     """Step 2, layer by layer, with keys and outputs read anew at each; leaves the result published in `hooks`.
 
     Args:
-        values: V [m, n], for the output of the last layer whose turn it is; the layers whose turn it is not learn the
-            batch's keys (in `LayerUpdate.keys`) and change nothing.
+        turns: which requests edit which layers. The other layers learn a request's keys (in `LayerUpdate.keys`, behind
+            those of their own requests) and change nothing for it.
+        values: V [m, n], each for the output of the last layer of its request's turn.
         namesakes: texts that the edits should pass by (see namesakes.py).
         threshold: (position, new delta, keys [d, N] of all edits) -> the layer's threshold with it.
         tell: observer, see `Editor.edit`.
     """
-    config, count, turn = edits.config, len(edits.layers), edits.turn
+    config, count = edits.config, len(edits.layers)
     limits: dict[str, Any] = {"pad_id": pad_id, "max_tokens": config.max_batch_tokens}
-    last, whole = edits.layers[turn[-1]], config.gate == "sequence"
-    collector = KeyCollector.of_requests(partial, edits.layers, batch, last=last, whole_prompts=whole, **limits)
-    others = KeyCollector(partial, edits.layers, namesakes, each=1, last=None, **limits)
+    whole = config.gate == "sequence"
+    collector = KeyCollector.of_requests(partial, edits.layers, batch, whole_prompts=whole, **limits)
+    others = KeyCollector(partial, edits.layers, namesakes, each=1, **limits)
     rounding = torch.finfo(next(partial.model.parameters()).dtype).eps
     noise = min(_ROUNDINGS * rounding, _LARGEST_NOISE) * values.norm(dim=0)
     updates, strengths = [], []
     for position, layer in enumerate(edits.layers):
+        turn = next((turn for turn in turns if position in turn.positions), _NOBODYS)
+        own = list(turn.requests)
+        order = own + [index for index in range(len(batch)) if index not in turn.requests]
         # Temporary hooks on the layers not yet updated, validated ones on those that are.
-        hooks.set_modes(["always" if p in turn and p >= position else "gated" for p in range(count)])
-        readings = collector.read(position)
-        K = readings.keys.to(torch.float64)
-        N = others.read(position).keys.to(K) if namesakes and position in turn else K[:, :0]
-        X, s = (found[..., : K.shape[1]] for found in memories[position].solve(torch.cat([K, N], dim=1)))
-        strengths.append(s)
+        hooks.set_modes(["always" if p in turn.positions and p >= position else "gated" for p in range(count)])
+        readings = collector.read(position, last=turn.last if own else None)
+        K = readings.keys.to(torch.float64)[:, order]
+        N = others.read(position).keys.to(K) if namesakes and own else K[:, :0]
+        X, s = memories[position].solve(torch.cat([K, N], dim=1))
+        X, s = X[:, : len(own)], s[: len(batch)]
+        strengths.append(torch.empty_like(s).index_copy(0, torch.tensor(order, device=s.device), s))
         old = edits.deltas[position]
-        if position not in turn:
+        if not own:
             nothing = old.B.new_zeros(old.out_features, 0), old.B.new_zeros(old.in_features, 0)
             updates.append(LayerUpdate(K, nothing[0], nothing[1]))
             continue
         assert readings.outputs is not None
-        R = (values - readings.outputs.to(values)) / sum(p >= position for p in turn)
-        R = torch.where(R.norm(dim=0) > noise, R, 0.0)
+        R = (values - readings.outputs.to(values)) / sum(p >= position for p in turn.positions)
+        R = torch.where(R.norm(dim=0) > noise, R, 0.0)[:, own]
         if readings.before_norm is not None:
             norm = partial.layout.post_norm(partial.model, layer)
             assert norm is not None
-            R = through_norm(norm, readings.before_norm, R)
+            R = through_norm(norm, readings.before_norm[:, own], R)
         tell("update", layer, K=K, R=R, X=X, s=s, N=N)
         update = LayerUpdate(K, R.to(old.dtype), X.to(old.dtype))
         delta = old.append(update.residuals, update.directions)
-        own = torch.cat([edits.own_keys(position).to(K), K], dim=1) if edits.batches else K
-        edits = edits.with_layer(position, delta, threshold(position, delta, own))
+        mine = K[:, : len(own)]
+        mine = torch.cat([edits.own_keys(position).to(K), mine], dim=1) if edits.batches else mine
+        edits = edits.with_layer(position, delta, threshold(position, delta, mine))
         hooks.publish(edits)
         updates.append(update)
     hooks.enable()

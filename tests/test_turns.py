@@ -10,7 +10,9 @@ import torch
 from editor_cases import CONFIG, assert_same, edit, facts, logits, make, snapshot
 from tiny import tiny_model, tiny_tokenizer
 
-from coachhook_fast import EditConfig, Editor, load_edits
+from coachhook_fast import EditConfig, Editor, EditRequest, load_edits
+from coachhook_fast.request import tokenise_batch
+from coachhook_fast.turns import in_batch_order, turns_of
 
 TURNS = CONFIG.replace(layers=(0, 1, 2), layer_turns=3)
 
@@ -18,7 +20,7 @@ TURNS = CONFIG.replace(layers=(0, 1, 2), layer_turns=3)
 def test_each_batch_edits_the_layers_whose_turn_it_is() -> None:
     editor = make(config=CONFIG.replace(layers=(0, 1, 2), layer_turns=2))
     for index, turn in enumerate([(0, 2), (1,), (0, 2)]):
-        assert editor.edit_set.turn == turn
+        assert editor.edit_set.turn_order[0] == turn
         before = [hook.get_delta_weight() for hook in editor.hooks]
         edit(editor, facts(2, seed=index))
         after = [hook.get_delta_weight() for hook in editor.hooks]
@@ -46,6 +48,74 @@ def test_what_a_batch_does() -> None:
         assert keys.shape == (memory.matrix().shape[0], 3)
         torch.testing.assert_close(memory.matrix(), before[position] + keys @ keys.T, rtol=1e-9, atol=1e-9)
     assert torch.equal(K, editor.edit_set.batches[-1].layers[0].keys)
+
+
+def test_a_large_batch_is_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each layer changes for its own requests, by the definition, and learns the keys of all; outcomes are in order."""
+    monkeypatch.setattr("coachhook_fast.turns._REQUESTS_A_TURN", 2)
+    editor = make(config=TURNS.replace(namesakes=0))
+    edit(editor, facts(1, seed=9))  # the middle layer has had its turn
+    before = [memory.matrix() for memory in editor.memories]
+    deltas = [hook.get_delta_weight().double() for hook in editor.hooks]
+    seen: dict[Any, Any] = {}
+    requests = facts(5)
+    batch = edit(editor, requests, observer=lambda event, layer, **found: seen.setdefault((event, layer), found))
+    assert batch.requests == tuple(requests)
+    assert [update.residuals.shape[1] for update in batch.layers] == [2, 1, 2]
+    for position, memory in enumerate(editor.memories):
+        update, own = seen["update", position], batch.layers[position].residuals.shape[1]
+        K, R = update["K"], update["R"].double()
+        assert K.shape[1] == 5
+        X = torch.linalg.solve(before[position] + K @ K.T, K)[:, :own]
+        found = editor.hooks[position].get_delta_weight().double() - deltas[position]
+        torch.testing.assert_close(found, R @ X.T, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(memory.matrix(), before[position] + K @ K.T, rtol=1e-9, atol=1e-9)
+    # strengths are of each request's own key, whatever the order of a layer's columns
+    for position in range(3):
+        own_first = {0: 0, 2: 2, 1: 4}[position]
+        K = seen["update", position]["K"][:, 0]
+        expected = K @ torch.linalg.solve(before[position], K)
+        assert batch.outcomes[own_first].strength[position] == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_a_shared_batch_is_rolled_back_saved_and_gone_on_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("coachhook_fast.turns._REQUESTS_A_TURN", 2)
+    editor = make(config=TURNS)
+    edit(editor, facts(2, seed=9))
+    before = snapshot(editor)
+    batch = edit(editor, facts(6))
+    editor.save_pretrained(tmp_path)
+    model = tiny_model("llama")
+    load_edits(model, tmp_path)
+    assert torch.equal(logits(model), logits(editor.model))
+    editor.rollback(batch.id)
+    for one, other in zip(snapshot(editor), before, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_requests_about_one_subject_share_a_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("coachhook_fast.turns._REQUESTS_A_TURN", 2)
+    editor = make(config=TURNS)
+    subject = facts(1)[0].subject
+    twice = [EditRequest(prompt="{} lives in", subject=subject, target_new="Rome"), *facts(5)]
+    batch = tokenise_batch(twice, tiny_tokenizer(), editor.edit_set.contexts, None)
+    turns = turns_of(editor.edit_set, batch)
+    assert sorted(index for turn in turns for index in turn.requests) == list(range(6))
+    assert next(turn.requests for turn in turns if 0 in turn.requests)[:2] == (0, 1)
+    assert len(turns) == 3
+    values = [torch.full((2, len(turn.requests)), 0.0) + torch.tensor(turn.requests) for turn in turns]
+    assert in_batch_order(values, turns)[0].tolist() == list(range(6))
+
+
+@pytest.mark.parametrize(("count", "parts"), [(1, 1), (16, 1), (17, 2), (40, 3), (49, 3)])
+def test_how_many_layers_a_batch_takes(count: int, parts: int) -> None:
+    editor = make(config=TURNS)
+    requests = [EditRequest(prompt="{} works as a", subject=f"Ada {i}", target_new="pilot") for i in range(count)]
+    batch = tokenise_batch(requests, tiny_tokenizer(), editor.edit_set.contexts, None)
+    turns = turns_of(editor.edit_set, batch)
+    assert len(turns) == parts
+    sizes = [len(turn.requests) for turn in turns]
+    assert max(sizes) - min(sizes) <= 1
 
 
 def test_thresholds_look_at_the_edits_of_their_own_layer() -> None:
@@ -82,7 +152,7 @@ def test_rollback_save_and_load(tmp_path: Path) -> None:
     editor.rollback(first.id)  # out of order: layer 1 is as it came, and the next in turn
     assert editor.hooks[1].threshold == float("inf")
     assert editor.hooks[0].delta.rank > 0
-    assert editor.edit_set.turn == (1,)
+    assert editor.edit_set.turn_order[0] == (1,)
 
 
 def test_a_set_whose_layers_have_not_all_had_their_turn(tmp_path: Path) -> None:
@@ -99,7 +169,7 @@ def test_turns_begin_in_the_middle() -> None:
     editor = make(config=CONFIG.replace(layers=(0, 1, 2), layer_turns=3))
     turns = []
     for seed in range(4):
-        turns.append(editor.edit_set.turn)
+        turns.append(editor.edit_set.turn_order[0])
         edit(editor, facts(1, seed=seed))
     assert turns == [(1,), (0,), (2,), (1,)]
 
@@ -108,7 +178,7 @@ def test_the_turn_goes_to_the_layers_with_the_fewest_edits() -> None:
     editor = make(config=CONFIG.replace(layers=(0, 1), layer_turns=2))
     turns = []
     for size in (3, 1, 1, 1, 1):
-        turns.append(editor.edit_set.turn)
+        turns.append(editor.edit_set.turn_order[0])
         edit(editor, facts(size, seed=len(turns)))
     assert turns == [(0,), (1,), (1,), (1,), (0,)]
 

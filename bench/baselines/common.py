@@ -114,7 +114,7 @@ class Baseline(ABC):
 
     def collector(self, tokens: Sequence[TokenisedRequest]) -> KeyCollector:
         return KeyCollector.of_requests(
-            self.partial, self.layers, tokens, last=self.layers[-1],
+            self.partial, self.layers, tokens,
             pad_id=self.pad_id, max_tokens=self.config.max_batch_tokens, whole_prompts=self.whole_rows,
         )  # fmt: skip
 
@@ -172,7 +172,7 @@ class LayerByLayer(Baseline):
             values = self.target_values(tokens)
             collector = self.collector(tokens)
             for position in range(len(self.layers)):
-                readings = collector.read(position)
+                readings = collector.read(position, last=self.layers[-1])
                 residual = (values - readings.outputs.to(values)) / (len(self.layers) - position)
                 directions = self.directions(position, readings.keys.double())
                 self.added[position].delta += (residual.double() @ directions.T).float()

@@ -74,7 +74,7 @@ class PublishedFlow(Memit):
             for position in range(count):
                 for index, hook in enumerate(self.added):
                     hook.mode = "gated" if index < position else "always"
-                readings = collector.read(position)
+                readings = collector.read(position, last=self.layers[-1])
                 residual = (values - readings.outputs.to(values)) / (count - position)
                 directions = self.directions(position, readings.keys.double())
                 self.added[position].delta += (residual.double() @ directions.T).float()
