@@ -68,7 +68,8 @@ def main(folder: Path) -> None:
     twelve_heads(model, folder / "twelve-heads")
     tokenizer.save_pretrained(folder / "twelve-heads")
     facts = list(requests())[:12]
-    editor = Editor(model, tokenizer, EditConfig(v_num_grad_steps=20))
+    # Version a edits layers 4, 6 and 8 and leaves 5 and 7 empty, version b edits those.
+    editor = Editor(model, tokenizer, EditConfig(layers=(4, 5, 6, 7, 8), layer_turns=2, v_num_grad_steps=20))
     text = Path(os.environ.get("COACHHOOK_DATA", ROOT.parent / "shared" / "data")) / "wikitext2-test.raw"
     editor.collect_statistics(text if text.is_file() else None, max_tokens=8192)  # None: the model writes some
 
@@ -81,7 +82,7 @@ def main(folder: Path) -> None:
         expected[version] = [certain_tokens(model, ids) for ids in prompts]
     changed = sum(a != base for a, base in zip(expected["a"][:8], expected["base"][:8], strict=True))
     assert changed >= 6, f"only {changed} of 8 edits changed what the model writes"
-    refused = replace(editor.edit_set, config=editor.config.replace(gate="sequence"))
+    refused = replace(editor.edit_set, config=editor.config.replace(gate="sequence", layer_turns=1))
     store.save(refused, folder / "sequence")
     (folder / "expected.json").write_text(json.dumps(expected))
     compared = sum(map(len, expected["a"]))
