@@ -35,8 +35,9 @@ PAPER: dict[str, Any] = {
 
 _NAMESAKES = 8
 
-# Width of keys, summed over layers, in which a thousand edits were told from ordinary text (docs/notes/turns.md).
-_WIDTH_OF_A_THOUSAND = 13_824
+# Width of keys, summed over the layers that take turns: nine layers of SmolLM2, which hold 300 edits and not 1 000
+# (docs/notes/turns.md).
+_SUMMED_WIDTH = 13_824
 
 
 @dataclass(frozen=True)
@@ -221,13 +222,13 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 def turning_layers(num_layers: int, key_dim: int) -> tuple[int, ...]:
     """Edited blocks where none are named and batches take turns: `default_layers` and their neighbours on both sides.
 
-    A layer tells so many edits from ordinary text as its keys are wide: blocks are added until their widths add up to
-    `_WIDTH_OF_A_THOUSAND`, from block 1 to the end of the first third of the model, behind which edits were seen to
-    answer for other subjects (docs/notes/turns.md). Gives 2-10 of 30 (SmolLM2, d 1 536), and the five of
+    The fewer edits a layer holds, and the wider its keys, the further they stand from ordinary text: blocks are added
+    until their widths add up to `_SUMMED_WIDTH`, from block 1 to the end of the first third of the model, behind which
+    edits were seen to answer for other subjects (docs/notes/turns.md). Gives 2-10 of 30 (SmolLM2, d 1 536), and the five of
     `default_layers` from d 3 072 on.
     """
     own = default_layers(num_layers)
-    more = max(0, -(-_WIDTH_OF_A_THOUSAND // key_dim) - len(own))
+    more = max(0, -(-_SUMMED_WIDTH // key_dim) - len(own))
     first = min(own[0], max(1, own[0] - more // 2))
     last = max(own[-1], min(num_layers // 3, own[-1] + more - more // 2))
     return tuple(range(first, last + 1))

@@ -1,7 +1,7 @@
 // Products, norms and gathers over the rows (tokens) of a matrix on CPU, for the gated projection.
 //
-// Large products are oneDNN's (fp32) or ATen's; the few-token products of bf16 and fp16, where the bytes of the matrix are
-// the cost, read it once and accumulate in fp32.
+// Large products are oneDNN's (fp32) or ATen's; the few-token products of bf16 and fp16, where the bytes of
+// the matrix are the cost, read it once and accumulate in fp32.
 #pragma once
 
 #include <ATen/core/Tensor.h>
