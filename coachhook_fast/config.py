@@ -224,8 +224,8 @@ def turning_layers(num_layers: int, key_dim: int) -> tuple[int, ...]:
 
     The fewer edits a layer holds, and the wider its keys, the further they stand from ordinary text: blocks are added
     until their widths add up to `_SUMMED_WIDTH`, from block 1 to the end of the first third of the model, behind which
-    edits were seen to answer for other subjects (docs/notes/turns.md). Gives 2-10 of 30 (SmolLM2, d 1 536), and the five of
-    `default_layers` from d 3 072 on.
+    edits were seen to answer for other subjects (docs/notes/turns.md). Gives 2-10 of 30 (SmolLM2, d 1 536), and the
+    five of `default_layers` from d 3 072 on.
     """
     own = default_layers(num_layers)
     more = max(0, -(-_SUMMED_WIDTH // key_dim) - len(own))
