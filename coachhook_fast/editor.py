@@ -137,7 +137,8 @@ class Editor:
         Args:
             corpus: text file, iterable of strings or token ids, or dataset; None takes the statistics of the earlier
                 batches, where the cache still holds them, else text sampled from the model itself.
-            max_tokens: token budget; None takes `mom2_n_tokens` of the config.
+            max_tokens: token budget; None takes `mom2_n_tokens` of the config. More of the corpus is tokenised and kept
+                to find namesakes in (`namesake_tokens`).
         """
         with self.disabled(), frozen(self.model):
             statistics = model_statistics(
