@@ -65,12 +65,15 @@ def _applies(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return (
         x.dtype == weight.dtype == torch.float32
         and x.device.type == weight.device.type == "cpu"
+        and weight.dim() == 2
+        and x.shape[-1:] == weight.shape[1:]  # where shapes do not fit, torch's own error says so
         and (weight.is_contiguous() or weight.T.is_contiguous())  # other strides take oneDNN a thousand times as long
         and x.numel() >= _ENOUGH_ROWS * x.shape[-1] > 0
         and not weight.requires_grad
         and not (bias is not None and bias.requires_grad)
         and not torch.is_autocast_enabled("cpu")
         and torch.backends.mkldnn.is_available()
+        and torch._C._get_mkldnn_enabled()
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     )
 

@@ -69,6 +69,15 @@ def test_everything_else_is_torch_own(case: str, calls: list[torch.Size]) -> Non
 
 
 @needs_onednn
+def test_wrong_shapes_get_torch_own_error_and_onednn_can_be_switched_off(calls: list[torch.Size]) -> None:
+    with pytest.raises(RuntimeError, match="shapes"):
+        linear(torch.randn(20, 8), torch.randn(3, 9))
+    with torch.backends.mkldnn.flags(enabled=False):
+        linear(torch.randn(20, 8), torch.randn(3, 8))
+    assert not calls
+
+
+@needs_onednn
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
 def test_a_model_computes_the_same_and_is_left_as_it_was(family: str, calls: list[torch.Size]) -> None:
     model = tiny_model(family, dtype=torch.float32).requires_grad_(False)
