@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from coachhook_fast.placement import computing_device
+
 
 def save_as_base(_: nn.Module, tensors: dict[str, Any], prefix: str, __: Any) -> None:
     """State dict hook: the base's tensors under the names they have without a hook around it."""
@@ -65,7 +67,7 @@ def serving_placement(base: nn.Module, dtype: torch.dtype) -> tuple[torch.dtype,
     """dtype and device of the serving copy: the base's first floating tensor's; `dtype` where it has none."""
     device = torch.device("cpu")
     for tensor in (*base.parameters(), *base.buffers()):
-        device = tensor.device
+        device = computing_device(base, tensor.device)
         if tensor.is_floating_point():
             return tensor.dtype, device
     return dtype, device

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from coachhook_fast.config import EditConfig
+from coachhook_fast.placement import input_device
 
 
 @torch.inference_mode()
@@ -20,7 +21,7 @@ def write_contexts(model: nn.Module, tokenizer: Any, config: EditConfig) -> tupl
     texts = []
     generate: Any = model.generate
     for seed in config.context_seeds:
-        encoded = tokenizer(seed, return_tensors="pt").to(next(model.parameters()).device)
+        encoded = tokenizer(seed, return_tensors="pt").to(input_device(model))
         ids = generate(
             input_ids=encoded["input_ids"],
             attention_mask=encoded["attention_mask"],

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from coachhook_fast.placement import input_device
+
 Corpus = str | Path | Iterable[str] | Iterable[Sequence[int]] | Iterable[Mapping[str, Any]]
 
 
@@ -68,7 +70,7 @@ def sample_documents(
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if start is None:
         raise ValueError("tokenizer has neither a BOS nor an EOS token to begin texts with: pass a corpus instead")
-    device = next(model.parameters()).device
+    device = input_device(model)
     generate: Any = model.generate
     written = 0
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.inference_mode():

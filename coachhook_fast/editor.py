@@ -21,6 +21,7 @@ from coachhook_fast.config import EditConfig, default_layers
 from coachhook_fast.contexts import write_contexts
 from coachhook_fast.corpus import Corpus, begin_tokens
 from coachhook_fast.delta import LowRankDelta
+from coachhook_fast.distributed import of_first_rank
 from coachhook_fast.edit_set import Batch, EditSet, without
 from coachhook_fast.forward import PartialModel, frozen
 from coachhook_fast.gate import Threshold
@@ -232,8 +233,8 @@ class Editor:
             for layer, threshold in zip(self.layers, updated.edits.thresholds, strict=True):
                 tell("threshold", layer, value=threshold.value)
             batch = Batch(
-                id=uuid.uuid4().hex[:12],
-                time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                id=of_first_rank(uuid.uuid4().hex[:12]),
+                time=of_first_rank(datetime.now(timezone.utc).isoformat(timespec="seconds")),
                 outcomes=outcomes_of(tokens, ordered, v0, self._bare_outputs(tokens, turns), updated.strengths),
                 seconds=time.monotonic() - started,
                 layers=updated.layers,

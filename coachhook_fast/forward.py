@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from coachhook_fast.architectures import Layout
+from coachhook_fast.placement import input_device
 from coachhook_fast.products import fast_linears, replaced_forward
+from coachhook_fast.tensor_parallel import column_shard
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ class PartialModel:
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        return input_device(self.model)
 
     def run(
         self,
@@ -119,7 +121,7 @@ class PartialModel:
                 stack.enter_context(self._resumed(*resume))
             for index in keys:
                 down = self.layout.down_projection(self.model, index)
-                stack.enter_context(_removing(_keep_input(down, index, recorded.keys)))
+                stack.enter_context(_removing(_keep_keys(down, index, recorded.keys)))
                 norm = self.layout.post_norm(self.model, index)
                 if norm is not None:
                     stack.enter_context(_removing(_keep_input(norm, index, recorded.norm_inputs)))
@@ -175,6 +177,15 @@ def _keep_input(module: nn.Module, index: int, kept: dict[int, Tensor]) -> Any:
         kept[index] = args[0]
 
     return module.register_forward_pre_hook(keep)
+
+
+def _keep_keys(down: nn.Module, index: int, kept: dict[int, Tensor]) -> Any:
+    shard = column_shard(getattr(down, "base_layer", down))
+
+    def keep(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        kept[index] = args[0] if shard is None else shard.whole(args[0])
+
+    return down.register_forward_pre_hook(keep)
 
 
 def _answering(output: Tensor | None, as_tuple: bool) -> Any:

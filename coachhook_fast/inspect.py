@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from coachhook_fast.hooks import hooks_of
 from coachhook_fast.layer import GateTrace, HookLinear
 from coachhook_fast.models import context_length
+from coachhook_fast.placement import input_device
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -92,7 +93,7 @@ def inspect_prompt(model: nn.Module, tokenizer: Any, prompt: str) -> Inspection:
         raise ValueError(f"prompt has no tokens: {prompt!r}")
     if limit is not None and len(ids) > limit:
         raise ValueError(f"prompt has {len(ids)} tokens, the model's context is {limit}")
-    device = next(model.parameters()).device
+    device = input_device(model)
     with torch.no_grad(), _recorded(handle.hooks) as traces:
         tokens = torch.tensor([ids], device=device)
         model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)

@@ -26,6 +26,7 @@ from coachhook_fast.ops import gated_linear as ops
 from coachhook_fast.reference.gated_linear import accumulator_dtype, sequence_rows
 from coachhook_fast.sketch import make_sketch
 from coachhook_fast.states import HookState, RowStates, Served
+from coachhook_fast.tensor_parallel import column_shard
 from coachhook_fast.versions import Versions
 
 GATES = ("calibrated", "sequence")
@@ -77,6 +78,9 @@ class HookLinear(nn.Module):
             this rank have one shape, so that a swap recompiles nothing. 0: no padding. Takes effect like the above.
         context: read by the `sequence` gate only; None means that every token is real and nothing came
             before.
+
+    Where ranks share the base's columns out (tensor-parallel transformers), each hook holds its rank's columns of B,
+    and inputs are its rank's columns of keys.
     """
 
     def __init__(
@@ -89,8 +93,8 @@ class HookLinear(nn.Module):
     ) -> None:
         """Wrap `base_layer`: nn.Linear, transformers' Conv1D (weight ``[d, m]``), any module with sizes.
 
-        Raises ValueError on an unknown gate, a negative index or a probability outside (0, 0.5), TypeError
-        where the sizes cannot be found.
+        Raises ValueError on an unknown gate, a negative index, a probability outside (0, 0.5) or a weight that ranks
+        share out otherwise than by columns, TypeError where the sizes cannot be found.
         """
         super().__init__()
         if gate not in GATES:
@@ -101,6 +105,8 @@ class HookLinear(nn.Module):
             raise ValueError(f"miss_probability must lie between 0 and 0.5, or be None, got {miss_probability}")
         self.base_layer = base_layer
         self.in_features, self.out_features = features(base_layer)
+        self._shard = column_shard(base_layer)
+        self._parts: Any = self._shard or ops  # delta_norm, correct and gated_delta
         self.gate = gate
         self.index = index
         self.miss_probability = miss_probability
@@ -156,6 +162,8 @@ class HookLinear(nn.Module):
         if math.isnan(threshold):
             raise ValueError(f"threshold must be a number, got {threshold}")
         dtype, device = serving_placement(self.base_layer, delta.dtype)
+        if self._shard is not None:
+            delta = LowRankDelta(delta.U, self._shard.own(delta.B).contiguous())
         return self._make_state(delta.to(dtype=dtype, device=device), threshold, moments)
 
     @property
@@ -184,23 +192,21 @@ class HookLinear(nn.Module):
         if served.mode == "off" or state.is_empty:
             return self.base_layer(x)
         if served.mode == "always":
-            out = self.base_layer(x)
-            c = nn.functional.linear(x.to(state.B.dtype), state.B)
-            return out + (c if state.U is None else nn.functional.linear(c, state.U)).to(out.dtype)
+            return self._always(x, state)
         context = self._sequence()
         if context is not None and _carries(context, x):
             with torch.no_grad():
-                norm = ops.delta_norm(x.to(state.B.dtype), state.B)
+                norm = self._parts.delta_norm(x.to(state.B.dtype), state.B)
                 fire, _, states = self._decide(norm, state, context)
             context.store(self.index, states)
-            return ops.correct(self.base_layer(x), x, state.U, state.B, fire)
+            return self._parts.correct(self.base_layer(x), x, state.U, state.B, fire)
         sequence = self._arguments(context, x)
         edits = (state.U, state.B, state.threshold, state.sketch, self.gate, *sequence)
         weight = plain_weight(self.base_layer)
         if weight is not None and weight.dtype == state.B.dtype:
             out, _, after = ops.gated_linear(x, weight, self.base_layer.bias, *edits)  # type: ignore[arg-type]
         else:
-            out, _, after = ops.gated_delta(self.base_layer(x), x, *edits)
+            out, _, after = self._parts.gated_delta(self.base_layer(x), x, *edits)
         if context is not None and context.states is not None:
             context.store(self.index, after[:, None])
         return out
@@ -210,9 +216,16 @@ class HookLinear(nn.Module):
         out = self.base_layer(x)
         for state, own in rows.groups_in(x):
             edits = (state.U, state.B, state.threshold, state.sketch, self.gate, None, None, None)
-            corrected, _, _ = ops.gated_delta(out[own], x[own], *edits)
+            corrected, _, _ = self._parts.gated_delta(out[own], x[own], *edits)
             out = out.index_copy(0, own, corrected)
         return out
+
+    def _always(self, x: Tensor, state: HookState) -> Tensor:
+        """Delta for every token: the temporary hook."""
+        out = self.base_layer(x)
+        k = x.to(state.B.dtype)
+        c = nn.functional.linear(k, state.B) if self._shard is None else self._shard.coordinates(k, state.B)
+        return out + (c if state.U is None else nn.functional.linear(c, state.U.to(c.dtype))).to(out.dtype)
 
     @torch.no_grad()
     def trace(self, x: Tensor) -> GateTrace:
@@ -223,11 +236,11 @@ class HookLinear(nn.Module):
         """
         served = self.served
         if served.rows is not None:
-            return _trace_rows(x, served.rows)
+            return self._trace_rows(x, served.rows)
         state = served.state
         if self.gate == "calibrated":
-            return _trace_calibrated(x, state)
-        norm = ops.delta_norm(x.to(state.B.dtype), state.B)
+            return self._trace_calibrated(x, state)
+        norm = self._parts.delta_norm(x.to(state.B.dtype), state.B)
         context = self._sequence()
         if context is not None and _carries(context, x):
             fire, z, _ = self._decide(norm, state, context)
@@ -240,6 +253,20 @@ class HookLinear(nn.Module):
         mask = None if mask is None else mask.reshape(grid.shape)
         fire, z, _ = ops.sequence_gate(grid, state.threshold, mask, cu_seqlens, running)
         return GateTrace(norm, z.reshape(norm.shape), fire.reshape(norm.shape))
+
+    def _trace_calibrated(self, x: Tensor, state: HookState) -> GateTrace:
+        norm = self._parts.delta_norm(x.to(state.B.dtype), state.B)
+        mean, std = state.moments or (math.nan, math.nan)
+        return GateTrace(norm, (norm - mean) / std, (norm >= state.threshold) & (not state.is_empty))
+
+    def _trace_rows(self, x: Tensor, rows: RowStates) -> GateTrace:
+        """Each row by its own edit set; norm 0 and z NaN in rows of the base model."""
+        norm = torch.zeros(x.shape[:-1], dtype=accumulator_dtype(x.dtype), device=x.device)
+        z, fire = torch.full_like(norm, math.nan), torch.zeros_like(norm, dtype=torch.bool)
+        for state, own in rows.groups_in(x):
+            found = self._trace_calibrated(x[own], state)
+            norm[own], z[own], fire[own] = found.norm.to(norm), found.z.to(z), found.fire
+        return GateTrace(norm, z, fire)
 
     def _sequence(self) -> SequenceInfo | None:
         """What the gate must know of this thread's pass; None where it needs nothing."""
@@ -276,7 +303,8 @@ class HookLinear(nn.Module):
                 B = nn.functional.pad(B, (0, 0, 0, self.reserve - B.shape[0]))
                 U = nn.functional.pad(U, (0, self.reserve - U.shape[1]))
         sketch = None
-        if self.gate == "calibrated" and self.miss_probability is not None and B.device.type != "meta":
+        sketched = self.gate == "calibrated" and self._shard is None
+        if sketched and self.miss_probability is not None and B.device.type != "meta":
             sketch = make_sketch(B, self.miss_probability)
         tau = torch.tensor(threshold, dtype=accumulator_dtype(B.dtype), device=B.device)
         return HookState(U, B, sketch, tau, moments)
@@ -308,22 +336,6 @@ class HookLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"gate={self.gate!r}, mode={self.mode!r}, delta={self.delta!r}"
-
-
-def _trace_calibrated(x: Tensor, state: HookState) -> GateTrace:
-    norm = ops.delta_norm(x.to(state.B.dtype), state.B)
-    mean, std = state.moments or (math.nan, math.nan)
-    return GateTrace(norm, (norm - mean) / std, (norm >= state.threshold) & (not state.is_empty))
-
-
-def _trace_rows(x: Tensor, rows: RowStates) -> GateTrace:
-    """Each row by its own edit set; norm 0 and z NaN in rows of the base model."""
-    norm = torch.zeros(x.shape[:-1], dtype=accumulator_dtype(x.dtype), device=x.device)
-    z, fire = torch.full_like(norm, math.nan), torch.zeros_like(norm, dtype=torch.bool)
-    for state, own in rows.groups_in(x):
-        found = _trace_calibrated(x[own], state)
-        norm[own], z[own], fire[own] = found.norm.to(norm), found.z.to(z), found.fire
-    return GateTrace(norm, z, fire)
 
 
 def _carries(context: SequenceInfo, x: Tensor) -> bool:

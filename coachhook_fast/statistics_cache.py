@@ -9,6 +9,7 @@ from typing import Any
 
 from coachhook_fast.config import EditConfig
 from coachhook_fast.corpus import Corpus, begin_tokens, content_hash, cut_documents, read_documents, sample_documents
+from coachhook_fast.distributed import everywhere
 from coachhook_fast.forward import PartialModel
 from coachhook_fast.models import cache_dir, context_length
 from coachhook_fast.namesakes import joined
@@ -40,7 +41,8 @@ def model_statistics(
     """
     if corpus is None and max_tokens is None and earlier:
         held = _cached(earlier)
-        if held is not None:
+        if everywhere(held is not None):
+            assert held is not None
             return held
     budget = max_tokens if max_tokens is not None else config.mom2_n_tokens
     if budget is None:
@@ -67,7 +69,8 @@ def model_statistics(
         modules=config.rewrite_module_tmp,
     )
     held = _cached(run)
-    if held is not None:
+    if everywhere(held is not None):  # ranks that take them and ranks that read them would wait for one another
+        assert held is not None
         return held
     if documents is None:
         documents = list(sample_documents(partial.model, tokenizer, budget, seed=_SEED, length=min(128, length)))

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from coachhook_fast.config import EditConfig
-from coachhook_fast.distributed import ranks
+from coachhook_fast.distributed import workers
 from coachhook_fast.forward import PartialModel
 from coachhook_fast.progress import Bar
 from coachhook_fast.request import TokenisedRequest, by_subject
@@ -79,7 +79,8 @@ def optimise(
         known: targets found before an interruption, by position in the batch; they are not sought again.
         keep: given the targets of each group as soon as they are found.
 
-    Under torch.distributed the groups are shared out over the ranks, and every rank returns all targets.
+    Under torch.distributed the groups are shared out over the ranks, where each has a whole model, and every rank
+    returns all targets.
     A group that does not fit the GPU's memory is halved.
 
     Raises:
@@ -89,7 +90,7 @@ def optimise(
     results = {index: _moved(target, v0.device) for index, target in (known or {}).items()}
     clusters = [members for members in by_subject(batch) if any(i in only and i not in results for i in members)]
     mine: dict[int, Target] = {}
-    rank, world = ranks()
+    rank, world = workers(partial.model)
     waiting = _groups(clusters, batch, config.max_batch_tokens, whole_rows)[rank::world]
     while waiting:
         group = waiting.pop(0)

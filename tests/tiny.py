@@ -141,13 +141,18 @@ def tiny_model(
                 if parameter.dim() == 1:
                     parameter.add_(0.15 * torch.randn_like(parameter))
     if dtype == torch.float64:
-        for parent in list(model.modules()):
-            for name, child in list(parent.named_children()):
-                if type(child).__name__.endswith("RMSNorm"):
-                    setattr(parent, name, _ExactRMSNorm(child))
+        exact_norms(model)
     model.to(device=device, dtype=dtype).eval()
     model.generation_config.do_sample = False
     return model
+
+
+def exact_norms(model: nn.Module) -> None:
+    """From now on the RMSNorms of `model` compute in its dtype."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child).__name__.endswith("RMSNorm"):
+                setattr(parent, name, _ExactRMSNorm(child))
 
 
 def tiny_tokenizer(*, bos: bool = False, padding_side: str = "right") -> PreTrainedTokenizerFast:

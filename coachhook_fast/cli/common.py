@@ -61,7 +61,11 @@ def names(text: str) -> list[str]:
 def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="M", help=MODEL_HELP)
     parser.add_argument("--dtype", metavar="T", help="float32, bfloat16 or float16 (default: the checkpoint's)")
-    parser.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1 ... (default: the GPU where there is one)")
+    parser.add_argument(
+        "--device",
+        metavar="D",
+        help="cpu, cuda, cuda:1 ..., or auto: over all there is (default: the GPU where there is one)",
+    )
 
 
 def add_facts(parser: argparse.ArgumentParser) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from coachhook_fast.datasets import EditRecord
 from coachhook_fast.evaluate.scoring import DEFAULT_BATCH_TOKENS, Ids, Pair, score_pairs
 from coachhook_fast.models import fingerprint
+from coachhook_fast.placement import input_device
 from coachhook_fast.request import encode_prompt_target
 
 _VERSION = 1
@@ -92,8 +93,8 @@ class BaseAnswers:
 
 def model_key(model: Any) -> str:
     """The base model's fingerprint, dtype and kind of device: near ties fall differently in another arithmetic."""
-    parameter = next(model.parameters())
-    return f"{fingerprint(model)}-{str(parameter.dtype).removeprefix('torch.')}-{parameter.device.type}"
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    return f"{fingerprint(model)}-{dtype}-{input_device(model).type}"
 
 
 def records_hash(records: Sequence[EditRecord]) -> str:

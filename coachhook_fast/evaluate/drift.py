@@ -15,6 +15,7 @@ from torch import Tensor
 from coachhook_fast.datasets import EditRecord
 from coachhook_fast.evaluate.base import unedited
 from coachhook_fast.evaluate.scoring import DEFAULT_BATCH_TOKENS, left_padded
+from coachhook_fast.placement import input_device
 from coachhook_fast.progress import track
 
 DRIFT_PROMPTS = (
@@ -41,7 +42,7 @@ def drift(
     found = torch.empty(len(rows), dtype=torch.float64)
     with torch.no_grad(), track("drift", len(rows), "texts", progress) as bar:
         for batch in _batches(order, rows, batch_tokens):
-            ids, mask, positions = left_padded([rows[index] for index in batch], next(model.parameters()).device)
+            ids, mask, positions = left_padded([rows[index] for index in batch], input_device(model))
 
             def log_p(ids: Tensor = ids, mask: Tensor = mask, positions: Tensor = positions) -> Tensor:
                 logits = model(

@@ -17,6 +17,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from coachhook_fast.evaluate.scoring import DEFAULT_BATCH_TOKENS, Ids, check_batch_tokens, left_padded
 from coachhook_fast.models import context_length
+from coachhook_fast.placement import input_device
 from coachhook_fast.progress import track
 
 FLUENCY_TOKENS = 100  # of text a prompt, as ROME
@@ -53,7 +54,7 @@ def continue_greedily(
         if not prompt or length < 1:
             raise ValueError(f"prompts[{index}] needs a token and a length >= 1, got {prompt} and {length}")
     written: list[Ids] = [()] * len(prompts)
-    device = next(model.parameters()).device
+    device = input_device(model)
     ends = _end_tokens(model)
     with torch.no_grad(), track(description, len(prompts), "texts", progress) as bar:
         for batch in _batches(prompts, lengths, batch_tokens):

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from coachhook_fast.corpus import begin_tokens
 from coachhook_fast.evaluate.scoring import DEFAULT_BATCH_TOKENS, Ids, check_batch_tokens
 from coachhook_fast.models import context_length
+from coachhook_fast.placement import input_device
 from coachhook_fast.progress import track
 
 _ROWS = 256  # positions whose log-probabilities are in memory at once
@@ -57,7 +58,7 @@ def perplexity(
     if len(ids) < 2:
         raise ValueError(f"text must have two tokens or more, got {len(ids)}")
     rows = list(_windows(tuple(ids), tuple(begin_tokens(tokenizer)), window, stride))
-    device = next(model.parameters()).device
+    device = input_device(model)
     size = max(1, batch_tokens // window)
     total, count = 0.0, 0
     with torch.no_grad(), track("perplexity", len(ids), "tokens", progress) as bar:

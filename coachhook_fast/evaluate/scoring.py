@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from coachhook_fast.models import context_length
+from coachhook_fast.placement import input_device
 from coachhook_fast.progress import track
 
 Ids = tuple[int, ...]
@@ -173,7 +174,7 @@ def _batches(rows: Sequence[_Row], batch_tokens: int, vocabulary: int) -> Iterat
 
 
 def _score_batch(model: Any, batch: Sequence[_Row], pairs: Sequence[Pair]) -> Iterator[tuple[int, Score]]:
-    device = next(model.parameters()).device
+    device = input_device(model)
     ids, mask, positions = left_padded([row.tokens for row in batch], device)
     kept = max(row.kept for row in batch)
     logits = model(

@@ -85,10 +85,19 @@ def correct(
 ) -> Tensor:  # [..., m], dtype of out
     """``out + U (B k)`` where ``fire``, else ``out`` bit for bit."""
     dtype = accumulator_dtype(B.dtype)
-    c = x.to(dtype) @ B.to(dtype).T
+    return add(out, x.to(dtype) @ B.to(dtype).T, U, fire)
+
+
+def add(
+    out: Tensor,  # [..., m]
+    c: Tensor,  # [..., r], accumulator dtype: B k
+    U: Tensor | None,  # [m, r], None: c is Delta k
+    fire: Tensor,  # [...] bool
+) -> Tensor:  # [..., m], dtype of out
+    """``out + U c`` where ``fire``, else ``out`` bit for bit."""
     if U is not None:
-        c = c @ U.to(dtype).T
-    return torch.where(fire[..., None], (out.to(dtype) + c).to(out.dtype), out)
+        c = c @ U.to(c.dtype).T
+    return torch.where(fire[..., None], (out.to(c.dtype) + c).to(out.dtype), out)
 
 
 def sequence_rows(shape: torch.Size, mask: Tensor | None, state: Tensor | None) -> int:
@@ -101,16 +110,14 @@ def sequence_rows(shape: torch.Size, mask: Tensor | None, state: Tensor | None) 
 
 
 def decide(
-    x: Tensor,  # [..., d]
-    B: Tensor,  # [r, d]
+    norm: Tensor,  # [...]
     threshold: Tensor,  # []: tau or alpha
     gate: str,  # "calibrated" | "sequence"
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fire [...], state [S, 3] ([0, 3] under calibrated)
-    """Norm and decision for every token; tokens off the mask do not fire."""
-    norm = delta_norm(x, B)
+    """The decision for every token; tokens off the mask do not fire."""
     if gate == "calibrated":
         fire = norm >= threshold.to(norm.dtype)
         if mask is not None:
@@ -140,7 +147,7 @@ def gated_delta(
 ) -> tuple[Tensor, Tensor, Tensor]:  # out [..., m], fire [...], state [S, 3]
     """The delta's part of the gated projection on any base's output."""
     with torch.no_grad():
-        fire, state = decide(x, B, threshold, gate, mask, cu_seqlens, state)
+        fire, state = decide(delta_norm(x, B), threshold, gate, mask, cu_seqlens, state)
     return correct(out, x, U, B, fire), fire, state
 
 
