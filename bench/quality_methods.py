@@ -14,6 +14,7 @@ from baselines.published_coachhook_flow import PublishedFlow
 
 from coachhook_fast import EditConfig, Editor, EditRequest
 from coachhook_fast.config import PAPER
+from coachhook_fast.thresholds import measure
 
 QUANTILES = {"min": 0.0, "05": 0.05, "50": 0.5, "95": 0.95, "999": 0.999, "max": 1.0}
 
@@ -56,19 +57,20 @@ class Ours:
         self.editor.unload()
 
     def separation(self) -> list[dict[str, float]]:
-        """How far the edits' own keys stand from ordinary text in each layer: z of ‖Δk‖ against the sample of corpus
-        keys; and what share of that sample the `calibrated` gate lets through."""
+        """How far the edits' own keys stand from ordinary text in each layer: z of what the gate measures against the
+        sample of corpus keys; and what share of that sample the `calibrated` gate lets through."""
         editor = self._with_statistics()
         assert editor.statistics is not None
         edits, figures = editor.edit_set, []
         for position, layer in enumerate(edits.layers):
-            ordinary = edits.deltas[position].norms(editor.statistics.samples[layer])
+            delta, relative = edits.deltas[position], bool(edits.config.threshold_relative)
+            ordinary = measure(delta, editor.statistics.samples[layer], relative)
             mean, std = ordinary.mean(), ordinary.std()
             keys = edits.own_keys(position)
             if keys.shape[1] == 0:  # not yet this layer's turn
                 figures.append({})
                 continue
-            own = (edits.deltas[position].norms(keys.T.to(ordinary)) - mean) / std
+            own = (measure(delta, keys.T.to(ordinary), relative) - mean) / std
             z = (ordinary - mean) / std
             found = {f"own_z_{name}": float(own.quantile(share)) for name, share in QUANTILES.items()}
             found |= {f"ordinary_z_{name}": float(z.quantile(share)) for name, share in QUANTILES.items()}

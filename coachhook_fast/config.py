@@ -30,10 +30,16 @@ PAPER: dict[str, Any] = {
     "subject_templates": (),
     "layer_turns": 1,
     "namesakes": 0,
+    "openings": 0.0,
+    "threshold_relative": False,
 }
 
 
+# What batches that take turns change of the published steps; None in a config until the model is known.
+TURNING = ("layer_turns", "namesakes", "openings", "threshold_relative")
+
 _NAMESAKES = 8
+_OPENINGS = 0.2
 
 # Width of keys, summed over the layers that take turns: nine layers of SmolLM2, which hold 300 edits and not 1 000
 # (docs/notes/turns.md).
@@ -51,11 +57,14 @@ class EditConfig:
         layers: edited blocks, ascending; None takes `turning_layers` of the model where batches take turns, else
             `default_layers`.
         layer_turns: batches take turns: each edits every `layer_turns`-th of `layers`, those with the fewest edits, and
-            the others only learn its keys. 1, as in the paper, edits all; len(layers) one at a time. `calibrated` only
-            (docs/notes/turns.md). None: one at a time where `layers` is None and the gate is `calibrated`, else 1.
+            the others only learn something of its keys. 1, as in the paper, edits all; len(layers) one at a time.
+            `calibrated` only (docs/notes/turns.md). None: one at a time where `layers` is None and the gate is
+            `calibrated`, else 1.
         namesakes: most texts of the corpus a request in which another subject ends in the same token: their keys enter
             the batch's solve without a residual, so that the edit passes them by (docs/notes/namesakes.md). None: 8
             where `layer_turns` is above 1, else 0, as in the paper.
+        openings: share of the key statistics' tokens that are beginnings of texts, cut out of the corpus; they come on
+            top of the token budget (docs/notes/relative.md). None: .2 where `layer_turns` is above 1, else 0.
         namesake_tokens: tokens of the corpus kept to find them in.
         v_lr: Adam's learning rate for the target values; None takes one a request, see `targets.STEP_SHARE`.
         v_num_grad_steps: most Adam steps for a target value.
@@ -74,6 +83,9 @@ class EditConfig:
         alpha: the `sequence` gate's first threshold α; it never rises.
         threshold_rule: "own_keys", "zscore" or "fpr", how `calibrated` finds τ (see thresholds.calibrated_threshold and
             docs/notes/gates.md).
+        threshold_relative: τ is compared with ||Δk|| / ||k|| and not with ||Δk||: tokens that an earlier layer has
+            edited have long keys and would answer to later layers too (docs/notes/relative.md).
+            `calibrated` only. None: where `layer_turns` is above 1; the paper's is False.
         threshold_own: for "own_keys", where τ lies between ordinary text (0) and the edits' own keys (1).
         threshold_z: standard deviations above the mean for "zscore"; "own_keys" takes at most three times as many.
         threshold_fpr: share of ordinary tokens that may pass for "fpr", and at most for "own_keys".
@@ -92,6 +104,7 @@ class EditConfig:
     layers: tuple[int, ...] | None = None
     layer_turns: int | None = None
     namesakes: int | None = None
+    openings: float | None = None
     namesake_tokens: int = 1_000_000
     v_lr: float | None = None
     v_num_grad_steps: int = 15
@@ -107,7 +120,8 @@ class EditConfig:
     gate: str = "calibrated"
     alpha: float = 2.2
     threshold_rule: str = "own_keys"
-    threshold_own: float = 0.75
+    threshold_relative: bool | None = None
+    threshold_own: float = 0.85
     threshold_z: float = 8.0
     threshold_fpr: float = 3e-3
     threshold_keys: int = 4096
@@ -144,8 +158,16 @@ class EditConfig:
                 raise ValueError(
                     f"layer_turns must be at most the number of layers {self.layers}, got {self.layer_turns}"
                 )
+        if not isinstance(self.threshold_relative, (bool, type(None))):
+            raise TypeError(f"threshold_relative must be true, false or null, got {self.threshold_relative!r}")
+        if self.threshold_relative and self.gate != "calibrated":
+            raise ValueError(f"threshold_relative must be false where the gate is {self.gate!r}, got true")
         if self.namesakes is not None:
             _check_number("namesakes", self.namesakes, least=0, integer=True)
+        if self.openings is not None:
+            _check_number("openings", self.openings, least=0.0)
+            if self.openings >= 1:
+                raise ValueError(f"openings must be a share under 1, got {self.openings}")
         _check_number("namesake_tokens", self.namesake_tokens, least=0, integer=True)
         _check_number("stats_sequence_length", self.stats_sequence_length, least=2, integer=True)  # BOS and a token
         _check_number("threshold_keys", self.threshold_keys, least=2, integer=True)
@@ -185,8 +207,8 @@ class EditConfig:
         return cls.from_dict(read_yaml(path))
 
     def resolved(self, num_layers: int, key_dim: int) -> EditConfig:
-        """These settings for a model of `num_layers` blocks with keys of width `key_dim`: none of layers, layer_turns,
-        namesakes and mom2_update_weight is None. ValueError if layer_turns exceed the layers found."""
+        """These settings for a model of `num_layers` blocks with keys of width `key_dim`: none of layers,
+        mom2_update_weight and those of TURNING is None. ValueError if layer_turns exceed the layers found."""
         turning = (
             self.layers is None and self.gate == "calibrated" if self.layer_turns is None else self.layer_turns > 1
         )
@@ -198,6 +220,8 @@ class EditConfig:
             layers=tuple(layers),
             layer_turns=turns,
             namesakes=(_NAMESAKES if turns > 1 else 0) if self.namesakes is None else self.namesakes,
+            openings=(_OPENINGS if turns > 1 else 0.0) if self.openings is None else self.openings,
+            threshold_relative=turns > 1 if self.threshold_relative is None else self.threshold_relative,
             mom2_update_weight=self.mom2_update_weight or default_update_weight(key_dim),
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -12,6 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from coachhook_fast.placement import input_device
+
+_OPENING = 6  # tokens of a text's beginning
+_SPACES = ("Ġ", "▁")  # how byte-level and SentencePiece vocabularies write a space
 
 Corpus = str | Path | Iterable[str] | Iterable[Sequence[int]] | Iterable[Mapping[str, Any]]
 
@@ -44,6 +48,37 @@ def cut_documents(documents: Iterable[list[int]], max_tokens: int) -> list[list[
         if room <= 0:
             break
     return kept
+
+
+def with_openings(
+    documents: Iterable[Sequence[int]], tokenizer: Any, share: float, *, seed: int = 0
+) -> Iterator[list[int]]:
+    """The documents, and among them short texts that begin where one of their words does: `share` of all tokens.
+
+    Prompts are short, and their first tokens, which look at little but the attention sink, have keys of their own; in
+    documents such tokens are rare.
+    """
+    generator = random.Random(seed)
+    owed = 0.0
+    for document in documents:
+        yield list(document)
+        owed += len(document) * share / (1.0 - share)
+        starts = _word_starts(document, tokenizer) if owed >= _OPENING else []
+        while owed >= _OPENING and starts:
+            start = generator.choice(starts)
+            # Encoded anew, since many tokenizers write a text's first word otherwise than one behind a space.
+            text = tokenizer.decode(list(document[start : start + _OPENING + 2])).strip()
+            opening = list(tokenizer(text, add_special_tokens=False)["input_ids"])[:_OPENING]
+            yield opening
+            owed -= max(1, len(opening))
+
+
+def _word_starts(document: Sequence[int], tokenizer: Any) -> list[int]:
+    """Places where a word begins with a room of `_OPENING` tokens behind; every place where tokens do not show it."""
+    places = range(max(0, len(document) - _OPENING - 1))
+    tokens = tokenizer.convert_ids_to_tokens(list(document))
+    marked = [i for i in places if tokens[i][:1] in _SPACES and tokens[i][1:2].isalnum()]
+    return marked or list(places)
 
 
 def content_hash(documents: Sequence[Sequence[int]]) -> str:

@@ -184,7 +184,7 @@ class Editor:
             requests: the facts to change.
             progress: show a bar on stderr.
             observer: called as observer(event, layer, **tensors) with "values" (V), "update" (K, R, X, s, and N, the
-                namesakes' keys) a layer and "threshold" (value) a layer.
+                keys of namesakes and rivals) a layer and "threshold" (value) a layer.
 
         Raises:
             ValueError: see `request.tokenise_batch`, `targets.optimise`, `KeyMemory.solve`; or the editor was unloaded.

@@ -1,7 +1,7 @@
 """The two gates: threshold rules, and what the `sequence` gate knows of the tokens at hand.
 
-`calibrated`: a token takes the edit where ||Δk|| >= τ. τ comes from the norms of Δ over a stored sample of ordinary
-text's keys, so it needs no sequence, no state and no neighbouring tokens.
+`calibrated`: a token takes the edit where ||Δk|| >= τ, or ||Δk|| / ||k|| >= τ where τ is relative. τ comes from that
+measure over a stored sample of ordinary text's keys, so it needs no sequence, no state and no neighbouring tokens.
 
 `sequence` (the paper's): z = (||Δk|| - mean) / std over the valid tokens of the token's own sequence, unbiased std; a
 token takes the edit where z >= α. Its statistics live in a `SequenceContext`.
@@ -22,9 +22,9 @@ THRESHOLD_RULES = ("own_keys", "zscore", "fpr")
 
 @dataclass(frozen=True)
 class Threshold:
-    """A layer's threshold: τ (`calibrated`, in units of ||Δk||) or α (`sequence`, in standard deviations).
+    """A layer's threshold: τ (`calibrated`, of ||Δk|| or of ||Δk|| / ||k||) or α (`sequence`, in standard deviations).
 
-    `mean` and `std` describe ||Δk|| over ordinary text and serve to show a token's z under `calibrated`.
+    `mean` and `std` describe what τ is compared with over ordinary text and serve to show a token's z.
     """
 
     value: float

@@ -82,7 +82,12 @@ class Hooks:
         if module not in (None, self.layout.rewrite_module_tmp):
             raise ValueError(f"the hooks are on {self.layout.rewrite_module_tmp}, the edit set is for {module}")
         return [
-            hook.serving_state(delta, threshold.value, moments=(threshold.mean, threshold.std))
+            hook.serving_state(
+                delta,
+                threshold.value,
+                moments=(threshold.mean, threshold.std),
+                relative=bool(edit_set.config.threshold_relative),
+            )
             for hook, delta, threshold in zip(self.hooks, edit_set.deltas, edit_set.thresholds, strict=True)
         ]
 

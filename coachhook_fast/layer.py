@@ -23,7 +23,7 @@ from coachhook_fast.base_layer import features, load_as_base, plain_weight, save
 from coachhook_fast.delta import LowRankDelta
 from coachhook_fast.gate import carried_gate
 from coachhook_fast.ops import gated_linear as ops
-from coachhook_fast.reference.gated_linear import accumulator_dtype, sequence_rows
+from coachhook_fast.reference.gated_linear import accumulator_dtype, relative_limit, sequence_rows
 from coachhook_fast.sketch import make_sketch
 from coachhook_fast.states import HookState, RowStates, Served
 from coachhook_fast.tensor_parallel import column_shard
@@ -55,7 +55,10 @@ class SequenceSource(Protocol):
 
 @dataclass(frozen=True)
 class GateTrace:
-    """What the gate sees and decides for each token: norm, z ``[...]`` fp32 or fp64, fire ``[...]`` bool."""
+    """What the gate sees and decides for each token: norm, z ``[...]`` fp32 or fp64, fire ``[...]`` bool.
+
+    norm is ``||Delta k||``, or ``||Delta k|| / ||k||`` where tau is relative.
+    """
 
     norm: Tensor
     z: Tensor
@@ -106,7 +109,6 @@ class HookLinear(nn.Module):
         self.base_layer = base_layer
         self.in_features, self.out_features = features(base_layer)
         self._shard = column_shard(base_layer)
-        self._parts: Any = self._shard or ops  # delta_norm, correct and gated_delta
         self.gate = gate
         self.index = index
         self.miss_probability = miss_probability
@@ -140,18 +142,31 @@ class HookLinear(nn.Module):
         check_mode(mode)
         self._versions.replace(self._position, lambda served: replace(served, mode=mode))
 
-    def set_delta(self, delta: LowRankDelta, threshold: float, *, moments: tuple[float, float] | None = None) -> None:
+    def set_delta(
+        self,
+        delta: LowRankDelta,
+        threshold: float,
+        *,
+        moments: tuple[float, float] | None = None,
+        relative: bool = False,
+    ) -> None:
         """Publish an edit set: a serving copy of `delta` in the base's dtype and device, and tau or alpha.
 
-        moments: mean and std of ``||Delta k||`` over ordinary text; only `trace` uses them.
-        Raises ValueError, with the state as before, if the shapes differ from the layer's or the threshold is
-        NaN.
+        moments: mean and std over ordinary text of what tau is compared with; only `trace` uses them.
+        relative: tau is compared with ``||Delta k|| / ||k||``, not with ``||Delta k||`` (`calibrated` only).
+        Raises ValueError, with the state as before, if the shapes differ from the layer's, the threshold is NaN or a
+        relative one is asked of `sequence`.
         """
-        state = self.serving_state(delta, threshold, moments=moments)
+        state = self.serving_state(delta, threshold, moments=moments, relative=relative)
         self._versions.replace(self._position, lambda served: replace(served, state=state))
 
     def serving_state(
-        self, delta: LowRankDelta, threshold: float, *, moments: tuple[float, float] | None = None
+        self,
+        delta: LowRankDelta,
+        threshold: float,
+        *,
+        moments: tuple[float, float] | None = None,
+        relative: bool = False,
     ) -> HookState:
         """What `set_delta` would publish."""
         if (delta.out_features, delta.in_features) != (self.out_features, self.in_features):
@@ -161,10 +176,12 @@ class HookLinear(nn.Module):
             )
         if math.isnan(threshold):
             raise ValueError(f"threshold must be a number, got {threshold}")
+        if relative and self.gate != "calibrated":
+            raise ValueError(f"relative must be False where the gate is {self.gate!r}, got {relative}")
         dtype, device = serving_placement(self.base_layer, delta.dtype)
         if self._shard is not None:
             delta = LowRankDelta(delta.U, self._shard.own(delta.B).contiguous())
-        return self._make_state(delta.to(dtype=dtype, device=device), threshold, moments)
+        return self._make_state(delta.to(dtype=dtype, device=device), threshold, moments, relative)
 
     @property
     def delta(self) -> LowRankDelta:
@@ -201,7 +218,7 @@ class HookLinear(nn.Module):
             context.store(self.index, states)
             return self._parts.correct(self.base_layer(x), x, state.U, state.B, fire)
         sequence = self._arguments(context, x)
-        edits = (state.U, state.B, state.threshold, state.sketch, self.gate, *sequence)
+        edits = (state.U, state.B, self._limit(x, state), state.sketch, self.gate, *sequence)
         weight = plain_weight(self.base_layer)
         if weight is not None and weight.dtype == state.B.dtype:
             out, _, after = ops.gated_linear(x, weight, self.base_layer.bias, *edits)  # type: ignore[arg-type]
@@ -215,10 +232,22 @@ class HookLinear(nn.Module):
         """The base once for all of ``x`` ``[S, T, d]``; then each edit set corrects its own rows."""
         out = self.base_layer(x)
         for state, own in rows.groups_in(x):
-            edits = (state.U, state.B, state.threshold, state.sketch, self.gate, None, None, None)
+            limit = self._limit(x[own], state)
+            edits = (state.U, state.B, limit, state.sketch, self.gate, None, None, None)
             corrected, _, _ = self._parts.gated_delta(out[own], x[own], *edits)
             out = out.index_copy(0, own, corrected)
         return out
+
+    @property
+    def _parts(self) -> Any:
+        """delta_norm, key_length, correct and gated_delta, on whole keys or on this rank's columns."""
+        return self._shard or ops
+
+    def _limit(self, x: Tensor, state: HookState) -> Tensor:
+        """What ``||Delta k||`` is compared with: ``[]``, or one a token where the state is relative."""
+        if not state.relative:
+            return state.threshold
+        return relative_limit(self._parts.key_length(x), state.threshold)
 
     def _always(self, x: Tensor, state: HookState) -> Tensor:
         """Delta for every token: the temporary hook."""
@@ -256,8 +285,11 @@ class HookLinear(nn.Module):
 
     def _trace_calibrated(self, x: Tensor, state: HookState) -> GateTrace:
         norm = self._parts.delta_norm(x.to(state.B.dtype), state.B)
+        fire = (norm >= self._limit(x, state)) & (not state.is_empty)
+        if state.relative:
+            norm = norm / self._parts.key_length(x)
         mean, std = state.moments or (math.nan, math.nan)
-        return GateTrace(norm, (norm - mean) / std, (norm >= state.threshold) & (not state.is_empty))
+        return GateTrace(norm, (norm - mean) / std, fire)
 
     def _trace_rows(self, x: Tensor, rows: RowStates) -> GateTrace:
         """Each row by its own edit set; norm 0 and z NaN in rows of the base model."""
@@ -294,7 +326,9 @@ class HookLinear(nn.Module):
     # Inference tensors could not be saved for a later backward pass, and would recompile a compiled forward.
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _make_state(self, delta: LowRankDelta, threshold: float, moments: tuple[float, float] | None) -> HookState:
+    def _make_state(
+        self, delta: LowRankDelta, threshold: float, moments: tuple[float, float] | None, relative: bool = False
+    ) -> HookState:
         B = delta.B.clone() if delta.B.is_inference() else delta.B.detach()
         U = delta.U
         if U is not None:
@@ -307,7 +341,7 @@ class HookLinear(nn.Module):
         if sketched and self.miss_probability is not None and B.device.type != "meta":
             sketch = make_sketch(B, self.miss_probability)
         tau = torch.tensor(threshold, dtype=accumulator_dtype(B.dtype), device=B.device)
-        return HookState(U, B, sketch, tau, moments)
+        return HookState(U, B, sketch, tau, moments, relative)
 
     @property
     def weight(self) -> Tensor:
@@ -329,7 +363,8 @@ class HookLinear(nn.Module):
 
         def change(state: HookState) -> HookState:
             U = None if state.U is None else fn(state.U)
-            return self._make_state(LowRankDelta(U, fn(state.B)), float(state.threshold), state.moments)
+            factors = LowRankDelta(U, fn(state.B))
+            return self._make_state(factors, float(state.threshold), state.moments, state.relative)
 
         tenants = {name: change(state) for name, state in served.tenants.items()}
         return replace(served, state=change(served.state), tenants=tenants)

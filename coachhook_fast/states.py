@@ -17,7 +17,8 @@ class HookState:
     B: Tensor  # [r, d]
     sketch: Tensor | None  # [s, d]: decides most tokens of a large-rank `calibrated` gate
     threshold: Tensor  # [] fp32 or fp64: tau or alpha; a tensor, so that a new value recompiles nothing
-    moments: tuple[float, float] | None  # mean and std of ||Delta k|| over ordinary text
+    moments: tuple[float, float] | None  # mean and std over ordinary text of what tau is compared with
+    relative: bool = False  # tau is compared with ||Delta k|| / ||k||
 
     @property
     def is_empty(self) -> bool:

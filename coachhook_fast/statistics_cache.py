@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from coachhook_fast.config import EditConfig
-from coachhook_fast.corpus import Corpus, begin_tokens, content_hash, cut_documents, read_documents, sample_documents
+from coachhook_fast.corpus import (
+    Corpus,
+    begin_tokens,
+    content_hash,
+    cut_documents,
+    read_documents,
+    sample_documents,
+    with_openings,
+)
 from coachhook_fast.distributed import everywhere
 from coachhook_fast.forward import PartialModel
 from coachhook_fast.models import cache_dir, context_length
@@ -67,6 +75,7 @@ def model_statistics(
         keys=config.threshold_keys,
         begin=begin,
         modules=config.rewrite_module_tmp,
+        **({"openings": config.openings} if config.openings else {}),
     )
     held = _cached(run)
     if everywhere(held is not None):  # ranks that take them and ranks that read them would wait for one another
@@ -76,16 +85,17 @@ def model_statistics(
         documents = list(sample_documents(partial.model, tokenizer, budget, seed=_SEED, length=min(128, length)))
         text = documents
     assert text is not None
+    share = config.openings or 0.0
     statistics = collect(
         partial,
-        documents,
+        with_openings(documents, tokenizer, share) if share else documents,
         config.layers,
         model_id=model_id,
         begin=begin,
         sequence_length=length,
         batch_tokens=config.max_batch_tokens,
         sample_size=config.threshold_keys,
-        total_tokens=budget,
+        total_tokens=round(budget / (1.0 - share)),
         tolerance=config.mom2_tolerance,
         checkpoint=_path(run).with_suffix(".partial"),
         run=run,

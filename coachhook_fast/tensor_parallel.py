@@ -75,6 +75,13 @@ class ColumnShard:
         """``ops.delta_norm``."""
         return torch.linalg.vector_norm(self.coordinates(x, B), dim=-1)
 
+    @torch.no_grad()
+    def key_length(self, x: Tensor) -> Tensor:
+        """``ops.key_length``."""
+        total = reference.key_length(self.own(x)).square()
+        dist.all_reduce(total, group=self.group)
+        return total.sqrt()
+
     def correct(self, out: Tensor, x: Tensor, U: Tensor | None, B: Tensor, fire: Tensor) -> Tensor:
         """``ops.correct``."""
         return reference.add(out, self.coordinates(x, B), U, fire)

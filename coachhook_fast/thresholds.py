@@ -32,15 +32,22 @@ def calibrate(delta: LowRankDelta, keys: torch.Tensor, own: torch.Tensor, config
     if delta.rank == 0:
         return Threshold(float("inf"))
     keys = keys.to(delta.device)
-    return calibrated_threshold(delta.norms(keys), delta.norms(own.T.to(keys)), config)
+    relative = bool(config.threshold_relative)
+    return calibrated_threshold(measure(delta, keys, relative), measure(delta, own.T.to(keys), relative), config)
+
+
+def measure(delta: LowRankDelta, keys: torch.Tensor, relative: bool) -> torch.Tensor:
+    """[N] what τ is compared with for `keys` [N, d]: ||Δk||, or ||Δk|| / ||k||."""
+    norms = delta.norms(keys)
+    return norms / torch.linalg.vector_norm(keys, dim=1, dtype=norms.dtype) if relative else norms
 
 
 def calibrated_threshold(norms: torch.Tensor, own: torch.Tensor, config: EditConfig) -> Threshold:
-    """τ of the `calibrated` gate from the norms ||Δk|| of ordinary keys and of the edits' own.
+    """τ of the `calibrated` gate from what it is compared with (`measure`), for ordinary keys and the edits' own.
 
     Args:
-        norms: [S] fp32 or fp64, ||Δk|| over the stored sample of corpus keys, with this mean and std.
-        own: [N], ||Δk|| over the keys of all edits.
+        norms: [S] fp32 or fp64, over the stored sample of corpus keys, with this mean and std.
+        own: [N], over the keys of all edits.
         config: `threshold_rule` "zscore": τ = mean + threshold_z * std; "fpr": the quantile that a share
             `threshold_fpr` of the sample passes; "own_keys": the share `threshold_own` of the way from the mean to the
             5 % quantile of `own`, at least the quantile of "fpr" and at most mean + 3 threshold_z std.

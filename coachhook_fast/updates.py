@@ -21,8 +21,9 @@ from coachhook_fast.keys import KeyCollector
 from coachhook_fast.memory import KeyMemory
 from coachhook_fast.post_norm import through_norm
 from coachhook_fast.request import TokenisedRequest, TokenRow
+from coachhook_fast.rivals import rivals
 from coachhook_fast.thresholds import reachable_alphas
-from coachhook_fast.turns import Turn
+from coachhook_fast.turns import OTHERS_WEIGHT, Turn
 
 Observer = Callable[..., None]
 
@@ -67,8 +68,8 @@ def update_layers(
     """Step 2, layer by layer, with keys and outputs read anew at each; leaves the result published in `hooks`.
 
     Args:
-        turns: which requests edit which layers. The other layers learn a request's keys (in `LayerUpdate.keys`, behind
-            those of their own requests) and change nothing for it.
+        turns: which requests edit which layers. The other layers learn a request's keys, with OTHERS_WEIGHT (in
+            `LayerUpdate.keys`, behind those of their own requests), and change nothing for it.
         values: V [m, n], each for the output of the last layer of its request's turn.
         namesakes: texts that the edits should pass by (see namesakes.py).
         threshold: (position, new delta, keys [d, N] of all edits) -> the layer's threshold with it.
@@ -89,10 +90,17 @@ def update_layers(
         # Temporary hooks on the layers not yet updated, validated ones on those that are.
         hooks.set_modes(["always" if p in turn.positions and p >= position else "gated" for p in range(count)])
         readings = collector.read(position, last=turn.last if own else None)
-        K = readings.keys.to(torch.float64)[:, order]
+        weights = torch.ones(len(batch), dtype=torch.float64, device=partial.device)
+        weights[len(own) :] = OTHERS_WEIGHT
+        K = readings.keys.to(weights)[:, order] * weights.sqrt()
         N = others.read(position).keys.to(K) if namesakes and own else K[:, :0]
         X, s = memories[position].solve(torch.cat([K, N], dim=1))
-        X, s = X[:, : len(own)], s[: len(batch)]
+        mine = K[:, : len(own)]
+        near = rivals(edits, position, mine, X[:, : len(own)], K[:, len(own) :]) if own else N
+        if near.shape[1]:
+            N = torch.cat([N, near], dim=1)
+            X, _ = memories[position].solve(torch.cat([K, N], dim=1))
+        X, s = X[:, : len(own)], s[: len(batch)] / weights
         strengths.append(torch.empty_like(s).index_copy(0, torch.tensor(order, device=s.device), s))
         old = edits.deltas[position]
         if not own:
@@ -109,7 +117,6 @@ def update_layers(
         tell("update", layer, K=K, R=R, X=X, s=s, N=N)
         update = LayerUpdate(K, R.to(old.dtype), X.to(old.dtype))
         delta = old.append(update.residuals, update.directions)
-        mine = K[:, : len(own)]
         mine = torch.cat([edits.own_keys(position).to(K), mine], dim=1) if edits.batches else mine
         edits = edits.with_layer(position, delta, threshold(position, delta, mine))
         hooks.publish(edits)

@@ -28,12 +28,26 @@ struct NoAutocast {
   c10::impl::ExcludeDispatchKeyGuard guard{c10::autocast_dispatch_keyset};
 };
 
+// tau of each token: one for all, or one a token.
+template <typename T>
+struct Limits {
+  explicit Limits(const at::Tensor& threshold)
+      : values(threshold.to(c10::CppTypeToScalarType<T>::value).contiguous()),
+        data(values.const_data_ptr<T>()),
+        step(threshold.dim() == 0 ? 0 : 1) {}
+  T operator[](int64_t token) const { return data[token * step]; }
+
+  at::Tensor values;
+  const T* data;
+  int64_t step;
+};
+
 // The sketch's verdict on every token first: what it leaves undecided is then measured together, so that B is
 // read once for all of it. Decisions and corrections come block by block, from the c just computed.
 template <typename T>
 void calibrated(const at::Tensor& out, const at::Tensor& x, const OptionalTensor& U, const at::Tensor& B,
                 const at::Tensor& threshold, const OptionalTensor& sketch, const bool* valid, bool* fire) {
-  const T tau = threshold.item<T>();
+  const Limits<T> tau(threshold);
   const at::ScalarType wide = accumulator(B.scalar_type());
   const int64_t total = x.size(0);
   std::vector<T> norms(kTokenBlock);
@@ -44,7 +58,7 @@ void calibrated(const at::Tensor& out, const at::Tensor& x, const OptionalTensor
     for (int64_t t = 0; t < count; ++t) {
       fire[start + t] = false;
       // "not under" rather than "at least": a NaN goes on to the exact norm, like in the one-stage gate.
-      if ((!valid || valid[start + t]) && !(sketch && norms[t] < tau)) candidates.push_back(start + t);
+      if ((!valid || valid[start + t]) && !(sketch && norms[t] < tau[start + t])) candidates.push_back(start + t);
     }
   }
   for (auto at = candidates.begin(); at != candidates.end();) {
@@ -56,7 +70,7 @@ void calibrated(const at::Tensor& out, const at::Tensor& x, const OptionalTensor
     fired.clear();
     tokens.clear();
     for (int64_t i = 0; i < c.size(0); ++i) {
-      if (!(norms[i] >= tau)) continue;
+      if (!(norms[i] >= tau[block[i]])) continue;
       fire[block[i]] = true;
       fired.push_back(i);
       tokens.push_back(block[i]);
@@ -138,8 +152,10 @@ std::tuple<at::Tensor, at::Tensor> run(at::Tensor& out, const at::Tensor& x, con
   check_delta(x, U, B);
   const int64_t m = U ? U->size(0) : B.size(0);
   TORCH_CHECK(out.dim() == x.dim() && out.size(-1) == m, "out must be [..., ", m, "], got ", out.sizes());
-  TORCH_CHECK(threshold.dim() == 0, "threshold must have no dimension, got ", threshold.sizes());
   const auto tokens_shape = x.sizes().slice(0, x.dim() - 1);
+  TORCH_CHECK(threshold.dim() == 0 || (gate == "calibrated" && threshold.sizes() == tokens_shape),
+              "threshold must have no dimension, or those of the tokens ", tokens_shape, " under `calibrated`, got ",
+              threshold.sizes());
   const at::Tensor x2 = rows_of(x), out2 = out.view({-1, m});
   const at::ScalarType wide = accumulator(B.scalar_type());
   at::Tensor fire = at::empty(tokens_shape, x.options().dtype(at::kBool));

@@ -57,7 +57,7 @@ def decode_kernel(
     u,  # [m, r]
     b,  # [r, d], rows contiguous
     sketch,  # [s, d], rows contiguous
-    threshold,  # []: tau or alpha
+    threshold,  # []: tau or alpha; [tokens] with PER_TOKEN
     mask,  # [tokens] bool
     before,  # [tokens, 3]
     out,  # [tokens, m]
@@ -83,6 +83,7 @@ def decode_kernel(
     SEQUENCE: tl.constexpr,  # every token is the only new one of its sequence
     HAS_MASK: tl.constexpr,
     HAS_STATE: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -102,6 +103,10 @@ def decode_kernel(
     token = tl.arange(0, BLOCK_T)
     row_ok = token < tokens
     column = tl.arange(0, BLOCK_N)
+    if PER_TOKEN:
+        limit = tl.load(threshold + token, mask=row_ok, other=float("inf"))
+    else:
+        limit = tl.load(threshold)
     slice_size = tl.cdiv(tl.cdiv(d, BLOCK_D), SPLIT) * BLOCK_D
     begin = split * slice_size
     end = min(begin + slice_size, d)
@@ -116,7 +121,7 @@ def decode_kernel(
         if TWO_STAGE:
             wait_for(counters + 1, sketch_tiles)
             rough = tile_norms(sums, 0, sketch_tiles, token, BLOCK_T)
-            open_question = row_ok & ((rough >= tl.load(threshold)) | (rough != rough))
+            open_question = row_ok & ((rough >= limit) | (rough != rough))
             if tl.max(open_question.to(tl.int32), axis=0) == 0:
                 end = begin  # nobody asks: B is not read
         acc = tile_product(
@@ -148,7 +153,6 @@ def decode_kernel(
     else:
         wait_for(counters + 2, delta_tiles)
         norm = tile_norms(sums, sketch_tiles, delta_tiles, token, BLOCK_T)
-        limit = tl.load(threshold)
         valid = row_ok
         if HAS_MASK:
             valid = valid & (tl.load(mask + token, mask=row_ok, other=0) != 0)
@@ -217,7 +221,7 @@ def decode(
     bias: Tensor | None,  # [m]
     U: Tensor | None,  # [m, r], any strides; None: B is Delta
     B: Tensor,  # [r, d], contiguous
-    threshold: Tensor,  # [] fp32
+    threshold: Tensor,  # [] fp32, or [tokens] under `calibrated`
     sketch: Tensor | None = None,  # [s, d], contiguous; `calibrated` only
     *,
     sequence: bool = False,
@@ -271,6 +275,7 @@ def decode(
         SEQUENCE=sequence,
         HAS_MASK=mask is not None,
         HAS_STATE=state is not None,
+        PER_TOKEN=threshold.dim() > 0,
         SPLIT=split,
         CAST_C=x.dtype != torch.float32,
         **config,

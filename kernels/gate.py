@@ -1,7 +1,7 @@
 """The decision and its consequence, without the host ever knowing how many tokens fire.
 
     norm[t] = sqrt(sum_j sums[j, t])
-    calibrated:  fire = norm >= tau      (a sketch's first stage: undecided = not norm < tau)
+    calibrated:  fire = norm >= tau[t]   (a sketch's first stage: undecided = not norm < tau)
     sequence:    count, mean, M2 of the valid tokens of each sequence, merged with the state before (Chan et al.);
                  z = (norm - mean) / sqrt(M2 / (count - 1)),  fire = z >= alpha,  count >= 2
     listed = the tokens that fire, in order, and how many
@@ -23,7 +23,7 @@ from .delta_norm import tile_product
 @triton.jit
 def threshold_kernel(
     sums,  # [tiles, tokens]
-    tau,  # []
+    tau,  # [], or [tokens] with PER_TOKEN
     mask,  # [tokens] bool, with HAS_MASK
     norm,  # [tokens], with STORE_NORM
     fire,  # [tokens] bool, one an entry
@@ -37,6 +37,7 @@ def threshold_kernel(
     STORE_NORM: tl.constexpr,
     HAS_MASK: tl.constexpr,
     LISTED: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -53,7 +54,13 @@ def threshold_kernel(
     if STORE_NORM:
         tl.store(norm + at, value, mask=ok)
     if DECIDE:
-        limit = tl.load(tau)
+        token = at
+        if LISTED:
+            token = tl.load(rows + at, mask=here, other=0)
+        if PER_TOKEN:
+            limit = tl.load(tau + token, mask=here, other=float("inf"))
+        else:
+            limit = tl.load(tau)
         if FIRST_STAGE:
             decision = here & ((value >= limit) | (value != value))  # a NaN goes on to the exact norm
         else:
@@ -62,7 +69,7 @@ def threshold_kernel(
             decision = decision & (tl.load(mask + at, mask=ok, other=0) != 0)
         tl.store(fire + at, decision.to(tl.int8), mask=ok)
         if LISTED:
-            tl.store(token_fire + tl.load(rows + at, mask=here, other=0), decision.to(tl.int8), mask=here)
+            tl.store(token_fire + token, decision.to(tl.int8), mask=here)
 
 
 @triton.jit
@@ -189,7 +196,7 @@ def correct_kernel(
 
 def threshold(
     sums: Tensor,  # [tiles, tokens]
-    tau: Tensor | None,  # []; None: the norms only
+    tau: Tensor | None,  # [] or [tokens]; None: the norms only
     mask: Tensor | None = None,  # [tokens] bool
     *,
     rows: Tensor | None = None,  # [tokens] int32: the token of each entry of `sums` ...
@@ -218,6 +225,7 @@ def threshold(
         STORE_NORM=want_norm,
         HAS_MASK=mask is not None,
         LISTED=rows is not None,
+        PER_TOKEN=tau is not None and tau.dim() > 0,
         BLOCK=256,
         num_warps=4,
     )

@@ -68,6 +68,40 @@ def test_calibrated(dtype: torch.dtype, shape: tuple[int, ...], dense: bool) -> 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(), (7,), (0,), (2, 300)])
+@pytest.mark.parametrize("sketched", [False, True])
+def test_a_limit_for_every_token(dtype: torch.dtype, shape: tuple[int, ...], sketched: bool) -> None:
+    """τ ||k||: decisions are those of ||Δk|| / ||k|| >= τ, and a long key alone does not fire."""
+    x, weight, bias, U, B = problem(shape, dtype, r=33)
+    x.view(-1, x.shape[-1])[1::3] *= 8
+    ratio = reference.delta_norm(x.double(), B.double()) / x.double().norm(dim=-1)
+    tau = between(ratio)
+    limit = reference.relative_limit(ops.key_length(x), tau.to(reference.accumulator_dtype(dtype)))
+    sketch = make_sketch(B, 1e-9, rows=24) if sketched else None
+    out, fire, _ = ops.gated_linear(x, weight, bias, U, B, limit, sketch)
+    assert torch.equal(fire, ratio >= tau)
+    plain = reference.gated_linear(x, weight, bias, U, B, limit)
+    torch.testing.assert_close(out, plain[0])
+    base = torch.nn.functional.linear(x, weight, bias)
+    assert torch.equal(ops.gated_delta(base, x, U, B, limit, sketch)[1], fire)
+
+
+def test_a_key_of_zeros_never_fires() -> None:
+    x, weight, bias, U, B = problem((3,), torch.float32)
+    x[1] = 0
+    limit = reference.relative_limit(ops.key_length(x), torch.tensor(1e-9))
+    assert ops.gated_linear(x, weight, bias, U, B, limit)[1].tolist() == [True, False, True]
+
+
+@pytest.mark.skipif(not extension_available(), reason="the plain definition takes what can be broadcast")
+def test_limits_must_fit_the_tokens() -> None:
+    x, weight, bias, U, B = problem((4,), torch.float32)
+    for threshold, gate in ((torch.ones(3), "calibrated"), (torch.ones(4), "sequence")):
+        with pytest.raises(RuntimeError, match="threshold must"):
+            ops.gated_linear(x, weight, bias, U, B, threshold, None, gate)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("with_state", [False, True])
 def test_sequence(dtype: torch.dtype, with_state: bool) -> None:
     x, weight, bias, U, B = problem((3, 12), dtype)

@@ -95,6 +95,18 @@ def test_two_stages_decide_as_one(way: str, dense: bool, monkeypatch: pytest.Mon
     check(way, x, (weight, bias, U, B), threshold * 100, make_sketch(B, 1e-9, rows=24))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sketched", [False, True])
+def test_a_limit_for_every_token(way: str, dtype: torch.dtype, sketched: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "TWO_STAGE_DECODE_TOKENS", 64)
+    x, weight, bias, U, B = problem(19, 40, 130, 33, dtype)
+    x[1::3] *= 8
+    length = reference.key_length(x)
+    limit = reference.relative_limit(length, between(reference.delta_norm(x, B) / length))
+    check(way, x, (weight, bias, U, B), limit, make_sketch(B, 1e-9, rows=24) if sketched else None)
+    assert 0 < int(reference.gated_linear(x, weight, bias, U, B, limit)[1].sum()) < 19
+
+
 def test_sequence_padded_and_packed(way: str) -> None:
     x, weight, bias, U, B = problem(33, 40, 70, 9, torch.float32)
     delta, alpha = (weight, bias, U, B), torch.tensor(1.1, device=DEVICE)

@@ -147,6 +147,42 @@ def test_trace_under_calibrated_uses_the_moments() -> None:
     assert not bool(HookLinear(nn.Linear(D, M)).trace(x).fire.any())
 
 
+@pytest.mark.parametrize("base", bases(), ids=lambda base: type(base).__name__)
+def test_a_relative_threshold_is_a_share_of_the_key(base: nn.Module) -> None:
+    hook, edits, x = HookLinear(base), delta(), inputs(2, 9)
+    x[:, ::2] *= 20  # long keys, of the same directions
+    share = edits.norms(x) / x.norm(dim=-1)
+    values = share.flatten().sort().values
+    tau = float((values[8] + values[9]) / 2)
+    hook.set_delta(edits, tau, moments=(0.1, 0.2), relative=True)
+    fire = share >= tau
+    torch.testing.assert_close(hook(x), base(x) + fire[..., None] * (x @ edits.dense().T))
+    trace = hook.trace(x)
+    assert torch.equal(trace.fire, fire)
+    torch.testing.assert_close(trace.norm, share)
+    torch.testing.assert_close(trace.z, (share - 0.1) / 0.2)
+    torch.testing.assert_close(hook(3 * x) - base(3 * x), 3 * (hook(x) - base(x)), rtol=1e-4, atol=1e-4)
+    state = hook.double().served.state  # moved, and still relative
+    assert state.relative
+    assert torch.equal(hook.trace(x.double()).fire, fire)
+    hook.float()
+    with pytest.raises(ValueError, match="relative"):
+        HookLinear(base, gate="sequence").set_delta(edits, 1.0, relative=True)
+
+
+def test_gradients_pass_a_relative_gate() -> None:
+    hook, edits = HookLinear(nn.Linear(D, M)), delta()
+    x = inputs(2, 6).requires_grad_()
+    share = (edits.norms(x.detach()) / x.detach().norm(dim=-1)).flatten().sort().values
+    hook.set_delta(edits, float((share[5] + share[6]) / 2), relative=True)
+    fire = hook.trace(x).fire
+    assert int(fire.sum()) == 6
+    grad = torch.randn(2, 6, M)
+    hook(x).backward(grad)
+    expected = grad @ hook.base_layer.weight + (grad @ edits.dense()) * fire[..., None]
+    torch.testing.assert_close(x.grad, expected)
+
+
 def test_nothing_raises_on_nan() -> None:
     x = inputs(2, 5)
     x[0, 2] = float("nan")

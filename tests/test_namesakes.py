@@ -13,7 +13,7 @@ from tiny import tiny_tokenizer
 from torch import Tensor
 
 from coachhook_fast import EditConfig, Editor, EditRequest
-from coachhook_fast.config import PAPER
+from coachhook_fast.config import PAPER, TURNING
 from coachhook_fast.manifest import MANIFEST
 from coachhook_fast.namesakes import BOUNDARY, find_namesakes, joined
 from coachhook_fast.request import TokenisedRequest, tokenise_batch
@@ -144,6 +144,8 @@ def test_statistics_keep_the_text(tmp_path: Path) -> None:
 def test_what_the_defaults_are(settings: dict, blocks: int, width: int, expected: tuple) -> None:
     config = EditConfig(**settings).resolved(blocks, width)
     assert (config.layers, config.layer_turns, config.namesakes) == expected
+    assert config.threshold_relative == (expected[1] > 1)
+    assert config.openings == (0.2 if expected[1] > 1 else 0.0)
     assert config.resolved(blocks, width) == config
 
 
@@ -157,12 +159,12 @@ def test_sets_of_earlier_versions_go_on_as_they_were(tmp_path: Path) -> None:
     edit(editor, [EditRequest(prompt="{} works as a", subject="Doctor Stone", target_new="pilot")])
     editor.save_pretrained(tmp_path)
     manifest = json.loads((tmp_path / MANIFEST).read_text())
-    for name in ("layer_turns", "namesakes", "namesake_tokens"):
+    for name in (*TURNING, "namesake_tokens"):
         del manifest["config"][name]
     (tmp_path / MANIFEST).write_text(json.dumps(manifest))
     editor.unload()
     again = Editor(editor.model, TOKENIZER, edits=tmp_path)
-    assert (again.config.layer_turns, again.config.namesakes) == (1, 0)
+    assert [getattr(again.config, name) for name in TURNING] == [1, 0, 0.0, False]
 
 
 @pytest.mark.parametrize("settings", [{"namesakes": -1}, {"namesakes": 1.5}, {"namesake_tokens": -1}])

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from coachhook_fast import EditConfig
-from coachhook_fast.thresholds import calibrated_threshold
+from coachhook_fast.delta import LowRankDelta
+from coachhook_fast.thresholds import calibrate, calibrated_threshold
 
 
 def samples(own_at: float, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -52,3 +53,24 @@ def test_norms_without_numbers_are_refused() -> None:
     ordinary[3] = torch.nan
     with pytest.raises(ValueError, match="norms must hold two or more finite values"):
         calibrated_threshold(ordinary, own, EditConfig())
+
+
+def test_a_relative_threshold_is_a_share_of_the_key() -> None:
+    generator = torch.Generator().manual_seed(0)
+    delta = LowRankDelta.zeros(7, 9, dtype=torch.float64)
+    delta = delta.append(
+        torch.randn(7, 2, generator=generator, dtype=torch.float64), torch.randn(9, 2, generator=generator).double()
+    )
+    keys = torch.randn(50, 9, generator=generator, dtype=torch.float64)
+    own = 3 * torch.randn(9, 4, generator=generator, dtype=torch.float64)
+    plain, relative = (
+        calibrate(delta, keys, own, EditConfig(threshold_rule="zscore", threshold_z=2.0, threshold_relative=flag))
+        for flag in (False, True)
+    )
+    norms = (keys @ delta.dense().T).norm(dim=1)
+    assert plain.value == pytest.approx(float(norms.mean() + 2 * norms.std()))
+    shares = norms / keys.norm(dim=1)
+    assert relative.value == pytest.approx(float(shares.mean() + 2 * shares.std()))
+    # how long a key is says nothing
+    longer = calibrate(delta, keys * 5, own, EditConfig(threshold_relative=True))
+    assert longer.value == pytest.approx(calibrate(delta, keys, own, EditConfig(threshold_relative=True)).value)

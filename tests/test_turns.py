@@ -11,8 +11,9 @@ from editor_cases import CONFIG, assert_same, edit, facts, logits, make, snapsho
 from tiny import tiny_model, tiny_tokenizer
 
 from coachhook_fast import EditConfig, Editor, EditRequest, load_edits
+from coachhook_fast.keys import KeyCollector
 from coachhook_fast.request import tokenise_batch
-from coachhook_fast.turns import in_batch_order, turns_of
+from coachhook_fast.turns import OTHERS_WEIGHT, in_batch_order, turns_of
 
 TURNS = CONFIG.replace(layers=(0, 1, 2), layer_turns=3)
 
@@ -50,6 +51,25 @@ def test_what_a_batch_does() -> None:
     assert torch.equal(K, editor.edit_set.batches[-1].layers[0].keys)
 
 
+def test_others_keys_are_learnt_with_a_small_weight() -> None:
+    editor = make(config=TURNS.replace(namesakes=0))
+    read: dict[int, torch.Tensor] = {}
+    collect = KeyCollector.read
+
+    def keep(self: KeyCollector, position: int, last: int | None = None) -> Any:
+        found = collect(self, position, last)
+        read[position] = found.keys
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(KeyCollector, "read", keep)
+        batch = edit(editor, facts(3))
+    assert [update.residuals.shape[1] for update in batch.layers] == [0, 3, 0]
+    for position, share in enumerate((OTHERS_WEIGHT, 1.0, OTHERS_WEIGHT)):
+        expected = read[position].double() * share**0.5
+        torch.testing.assert_close(batch.layers[position].keys, expected)
+
+
 def test_a_large_batch_is_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each layer changes for its own requests, by the definition, and learns the keys of all; outcomes are in order."""
     monkeypatch.setattr("coachhook_fast.turns._REQUESTS_A_TURN", 2)
@@ -70,6 +90,7 @@ def test_a_large_batch_is_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
         found = editor.hooks[position].get_delta_weight().double() - deltas[position]
         torch.testing.assert_close(found, R @ X.T, rtol=1e-3, atol=1e-5)
         torch.testing.assert_close(memory.matrix(), before[position] + K @ K.T, rtol=1e-9, atol=1e-9)
+        assert K[:, own:].norm() < K[:, :own].norm()  # the others' share
     # strengths are of each request's own key, whatever the order of a layer's columns
     for position in range(3):
         own_first = {0: 0, 2: 2, 1: 4}[position]
@@ -198,6 +219,8 @@ def test_one_turn_is_the_paper() -> None:
         ({"layer_turns": 1.5}, "layer_turns"),
         ({"layers": (1, 2), "layer_turns": 3}, "at most the number of layers"),
         ({"layer_turns": 2, "gate": "sequence"}, "'sequence'"),
+        ({"threshold_relative": True, "gate": "sequence"}, "threshold_relative"),
+        ({"threshold_relative": 1}, "threshold_relative"),
     ],
 )
 def test_bad_turns(settings: dict[str, Any], message: str) -> None:

@@ -51,6 +51,7 @@ from coachhook_fast.delta import LowRankDelta
 from coachhook_fast.manifest import read_manifest, version_of
 from coachhook_fast.models import checkpoint_fingerprint
 from coachhook_fast.ops import gated_linear as ops
+from coachhook_fast.reference.gated_linear import relative_limit
 from coachhook_fast.sketch import make_sketch
 
 METHOD = "coachhook"
@@ -107,6 +108,7 @@ class EditedConfig(QuantizationConfig):
         self._deltas: list[tuple[LowRankDelta, float]] | None = None
         self.digest = ""
         self.base_model = ""
+        self.relative = False
 
     # ---------------------------------------------------------------- what vLLM asks of a config
 
@@ -150,6 +152,7 @@ class EditedConfig(QuantizationConfig):
             if isinstance(settings, dict):
                 settings["edit_set_version"] = self.digest
         self.base_model = str(manifest["model"])
+        self.relative = bool(config.get("threshold_relative"))
         self.positions = {layer: position for position, layer in enumerate(config["layers"])}
 
     def _check_model(self, model_name: str, text_config: Any, manifest: dict[str, Any]) -> None:
@@ -189,7 +192,9 @@ class EditedConfig(QuantizationConfig):
             self._attached.add(position)
             delta, threshold = self._edits()[position]
             edited = EditedLinearMethodV2 if type(method).__name__ in _V2 else EditedLinearMethod
-            method = edited(method, prefix, position, delta, threshold, self.reserve_rank, self.base_model)
+            method = edited(
+                method, prefix, position, delta, threshold, self.reserve_rank, self.base_model, self.relative
+            )
         # Loading ends with a call for each layer: the place to notice that an edited layer was never built.
         original = method.process_weights_after_loading
 
@@ -244,12 +249,14 @@ class EditedLinearMethod(LinearMethodBase):
         threshold: float,
         reserve_rank: int,
         base_model: str = "",
+        relative: bool = False,
     ) -> None:
         self.base = base
         self.prefix = prefix
         self.position = position
         self.reserve_rank = reserve_rank
         self.base_model = base_model  # fingerprint of the model that the edits were made for
+        self.relative = relative  # the threshold is compared with ||Delta k|| / ||k||
         self._edits: tuple[LowRankDelta, float] | None = (delta, threshold)
 
     def create_weights(
@@ -295,9 +302,16 @@ class EditedLinearMethod(LinearMethodBase):
         out = self.base.apply(layer, x, bias)
         B, U, threshold = layer.coachhook_B, layer.coachhook_U, layer.coachhook_threshold
         if layer.tp_size == 1:
-            return ops.gated_delta(out, x, U, B, threshold, layer.coachhook_sketch)[0]
-        c = tensor_model_parallel_all_reduce(x.float() @ B.float().T)
-        return ops.correct(out, x, U, B, torch.linalg.vector_norm(c, dim=-1) >= threshold)
+            limit = relative_limit(ops.key_length(x), threshold) if self.relative else threshold
+            return ops.gated_delta(out, x, U, B, limit, layer.coachhook_sketch)[0]
+        c = x.float() @ B.float().T
+        if not self.relative:
+            fire = torch.linalg.vector_norm(tensor_model_parallel_all_reduce(c), dim=-1) >= threshold
+        else:  # the rank's share of ||k||² goes along
+            together = torch.cat([c, ops.key_length(x).square()[..., None]], dim=-1)
+            c, squares = tensor_model_parallel_all_reduce(together).split([c.shape[-1], 1], dim=-1)
+            fire = torch.linalg.vector_norm(c, dim=-1) >= relative_limit(squares[..., 0].sqrt(), threshold)
+        return ops.correct(out, x, U, B, fire)
 
 
 @register_weight_loader_v2_supported_method
@@ -358,6 +372,11 @@ class SwapEdits:
             raise ValueError(
                 f"the edit set in {self.folder} has the {config['gate']} gate and was made for base model "
                 f"{manifest['model']}; served are calibrated edits of {method.base_model}"
+            )
+        if bool(config.get("threshold_relative")) != method.relative:
+            raise ValueError(
+                f"the edit set in {self.folder} has threshold_relative {config.get('threshold_relative')}, served are "
+                f"edits with {method.relative}: start vLLM with it"
             )
         blocks = [int(part) for part in method.prefix.split(".") if part.isdigit()]
         if method.position >= len(edits) or config["layers"][method.position] != blocks[0]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from coachhook_fast.ops._library import LIBRARY, define
 from coachhook_fast.reference import gated_linear as reference
-from coachhook_fast.reference.gated_linear import accumulator_dtype, sequence_rows
+from coachhook_fast.reference.gated_linear import accumulator_dtype, key_length, sequence_rows
 
 GateOutput = tuple[Tensor, Tensor, Tensor]
 
@@ -58,7 +58,7 @@ def gated_delta(
     x: Tensor,  # [..., d]
     U: Tensor | None,  # [m, r], None: B is Delta
     B: Tensor,  # [r, d]
-    threshold: Tensor,  # []: tau or alpha
+    threshold: Tensor,  # []: tau or alpha; tau may be [...], one a token
     sketch: Tensor | None = None,  # [s, d]: ||sketch k|| < tau decides against firing; calibrated only
     gate: str = "calibrated",
     mask: Tensor | None = None,  # [S, q] bool
@@ -75,7 +75,7 @@ def gated_linear(
     bias: Tensor | None,  # [m]
     U: Tensor | None,  # [m, r], None: B is Delta
     B: Tensor,  # [r, d]
-    threshold: Tensor,  # []
+    threshold: Tensor,  # [], or [...] under calibrated
     sketch: Tensor | None = None,  # [s, d]
     gate: str = "calibrated",
     mask: Tensor | None = None,  # [S, q] bool
@@ -84,6 +84,9 @@ def gated_linear(
 ) -> GateOutput:  # out [..., m], fire [...], state [S, 3] ([0, 3] under calibrated)
     """Base projection, gate and correction in one op."""
     return torch.ops.coachhook.gated_linear(x, weight, bias, U, B, threshold, sketch, gate, mask, cu_seqlens, state)
+
+
+__all__ = ["correct", "delta_norm", "gated_delta", "gated_linear", "key_length", "sequence_gate"]
 
 
 # -------------------------------------------------------------------------------- plain definitions and fakes

@@ -47,6 +47,11 @@ def _flat(mask: Tensor | None) -> Tensor | None:
     return None if mask is None else mask.to(torch.bool).reshape(-1).contiguous()
 
 
+def _limits(threshold: Tensor) -> Tensor:
+    """``[]``, or ``[tokens]`` fp32."""
+    return threshold if threshold.dim() == 0 else threshold.to(torch.float32).reshape(-1).contiguous()
+
+
 def _correct_calibrated(
     out: Tensor,  # [tokens, m], changed in place
     x: Tensor,  # [tokens, d]
@@ -125,6 +130,7 @@ def _delta(
     from coachhook_fast.kernels import delta_norm as project_kernels
 
     rows = _rows(x, B.dtype)
+    threshold = _limits(threshold)
     sketch = sketch if gate == "calibrated" else None
     base, c, sums = project_kernels.project(
         rows,
@@ -187,7 +193,7 @@ def gated_linear(
                 bias,
                 U,
                 B.contiguous(),
-                threshold,
+                _limits(threshold),
                 sketch if gate == "calibrated" and tokens <= TWO_STAGE_DECODE_TOKENS else None,
                 sequence=gate == "sequence",
                 mask=_flat(mask),

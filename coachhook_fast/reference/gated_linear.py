@@ -1,7 +1,7 @@
 """The gated projection in plain torch (METHOD.md section 3), with the traps of the published code closed.
 
     P = W0 k + b,   c = B k,   M = ||c||_2  (= ||Delta k||, U orthonormal),   O = P + U c
-    calibrated:  fire = M >= tau
+    calibrated:  fire = M >= tau            (tau may be each token's own: `relative_limit`)
     sequence:    z = (M - mean M) / std M over the valid tokens of the sequence so far;   fire = z >= alpha
     out = O where fire, else P
 
@@ -28,6 +28,21 @@ def delta_norm(
     """``||B k||_2`` of every token."""
     dtype = accumulator_dtype(B.dtype)
     return torch.linalg.vector_norm(x.to(dtype) @ B.to(dtype).T, dim=-1)
+
+
+@torch.no_grad()
+def key_length(x: Tensor) -> Tensor:  # [..., d] -> [...], accumulator dtype
+    """``||k||_2`` of every token."""
+    return torch.linalg.vector_norm(x, dim=-1, dtype=accumulator_dtype(x.dtype))
+
+
+def relative_limit(
+    length: Tensor,  # [...]: ||k||
+    tau: Tensor,  # []
+) -> Tensor:  # [...], dtype of tau
+    """``tau ||k||`` of every token, for gates that compare ``||Delta k|| / ||k||`` with tau. A key of zeros gets the
+    smallest positive number: it does not fire."""
+    return (tau * length.to(tau.dtype)).clamp(min=torch.finfo(tau.dtype).tiny)
 
 
 def sequence_gate(
@@ -111,7 +126,7 @@ def sequence_rows(shape: torch.Size, mask: Tensor | None, state: Tensor | None) 
 
 def decide(
     norm: Tensor,  # [...]
-    threshold: Tensor,  # []: tau or alpha
+    threshold: Tensor,  # []: tau or alpha; tau may be [...], one a token
     gate: str,  # "calibrated" | "sequence"
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
