@@ -50,6 +50,16 @@ def tile_norms(sums, first, tiles, token, BLOCK_T: tl.constexpr):
 
 
 @triton.jit
+def limits(threshold, token, row_ok, PER_TOKEN: tl.constexpr):
+    """The threshold of all tokens, or of each: loaded where it is used, since registers are few."""
+    if PER_TOKEN:
+        limit = tl.load(threshold + token, mask=row_ok, other=float("inf"))
+    else:
+        limit = tl.load(threshold)
+    return limit
+
+
+@triton.jit
 def decode_kernel(
     x,  # [tokens, d]
     w,  # [m, d]
@@ -103,10 +113,6 @@ def decode_kernel(
     token = tl.arange(0, BLOCK_T)
     row_ok = token < tokens
     column = tl.arange(0, BLOCK_N)
-    if PER_TOKEN:
-        limit = tl.load(threshold + token, mask=row_ok, other=float("inf"))
-    else:
-        limit = tl.load(threshold)
     slice_size = tl.cdiv(tl.cdiv(d, BLOCK_D), SPLIT) * BLOCK_D
     begin = split * slice_size
     end = min(begin + slice_size, d)
@@ -121,6 +127,7 @@ def decode_kernel(
         if TWO_STAGE:
             wait_for(counters + 1, sketch_tiles)
             rough = tile_norms(sums, 0, sketch_tiles, token, BLOCK_T)
+            limit = limits(threshold, token, row_ok, PER_TOKEN)
             open_question = row_ok & ((rough >= limit) | (rough != rough))
             if tl.max(open_question.to(tl.int32), axis=0) == 0:
                 end = begin  # nobody asks: B is not read
@@ -153,6 +160,7 @@ def decode_kernel(
     else:
         wait_for(counters + 2, delta_tiles)
         norm = tile_norms(sums, sketch_tiles, delta_tiles, token, BLOCK_T)
+        limit = limits(threshold, token, row_ok, PER_TOKEN)
         valid = row_ok
         if HAS_MASK:
             valid = valid & (tl.load(mask + token, mask=row_ok, other=0) != 0)

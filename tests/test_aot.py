@@ -51,17 +51,21 @@ def cases() -> list[dict[str, Any]]:
     two_stage = {"FACTORED": True, "TWO_STAGE": True, "SEQUENCE": False, "HAS_MASK": False, "HAS_STATE": False}
     sequence = {"FACTORED": True, "TWO_STAGE": False, "SEQUENCE": True, "HAS_MASK": True, "HAS_STATE": True}
     dense = {"FACTORED": False, "TWO_STAGE": False, "SEQUENCE": False, "HAS_MASK": False, "HAS_STATE": False}
+    each = {**two_stage, "TWO_STAGE": False, "PER_TOKEN": True}
     for dtype, tokens, flags in (
-        *(("bf16", tokens, flags) for tokens in (16, 32, 64) for flags in (two_stage, sequence)),
+        *(("bf16", tokens, flags) for tokens in (16, 32, 64) for flags in (two_stage, each, sequence)),
+        ("bf16", 16, {**each, "TWO_STAGE": True}),  # up to cuda.TWO_STAGE_DECODE_TOKENS only
         ("bf16", 16, dense),
         ("fp16", 64, two_stage),
-        ("fp32", 32, two_stage),
+        ("fp32", 32, each),
     ):
         config = decode.blocks(dtypes[dtype], tokens)
-        flags = {"HAS_BIAS": True, "SPLIT": 4, "CAST_C": dtype != "fp32", **flags}
+        flags = {"HAS_BIAS": True, "SPLIT": 4, "CAST_C": dtype != "fp32", "PER_TOKEN": False, **flags}
         add("decode.decode_kernel", dtype, "w_col u_col", **flags, **config)
     flags = {"DECIDE": True, "STORE_NORM": True, "HAS_MASK": True, "LISTED": True}
-    add("gate.threshold_kernel", "fp32", "", FIRST_STAGE=True, BLOCK=256, num_warps=4, **flags)
+    for per_token in (False, True):
+        flags["PER_TOKEN"] = per_token
+        add("gate.threshold_kernel", "fp32", "", FIRST_STAGE=True, BLOCK=256, num_warps=4, **flags)
     for packed in (True, False):
         flags = {"HAS_MASK": True, "PACKED": packed, "HAS_STATE": True}
         add("gate.sequence_kernel", "fp32", "", BLOCK=1024, num_warps=4, **flags)

@@ -84,9 +84,9 @@ def test_a_large_batch_is_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [update.residuals.shape[1] for update in batch.layers] == [2, 1, 2]
     for position, memory in enumerate(editor.memories):
         update, own = seen["update", position], batch.layers[position].residuals.shape[1]
-        K, R = update["K"], update["R"].double()
+        K, N, R = update["K"], update["N"], update["R"].double()
         assert K.shape[1] == 5
-        X = torch.linalg.solve(before[position] + K @ K.T, K)[:, :own]
+        X = torch.linalg.solve(before[position] + K @ K.T + N @ N.T, K)[:, :own]
         found = editor.hooks[position].get_delta_weight().double() - deltas[position]
         torch.testing.assert_close(found, R @ X.T, rtol=1e-3, atol=1e-5)
         torch.testing.assert_close(memory.matrix(), before[position] + K @ K.T, rtol=1e-9, atol=1e-9)
