@@ -204,14 +204,17 @@ def decode_kernel(
                 tl.store(after + 3 * token + 2, m2, mask=row_ok)
 
 
-def blocks(dtype: torch.dtype, tokens: int) -> dict[str, int]:
-    """Tile sizes: one block of tokens, narrow columns so that there are programs for every multiprocessor."""
+def blocks(dtype: torch.dtype, tokens: int, *, lean: bool = False) -> dict[str, int]:
+    """Tile sizes: one block of tokens, narrow columns so that there are programs for every multiprocessor.
+
+    lean: for a sketch with a limit a token, whose registers would spill on sm_100.
+    """
     size = 16 if tokens <= 16 else 32 if tokens <= 32 else 64
     wide = dtype != torch.float32
     return {
         "BLOCK_T": size,
         "BLOCK_N": 32 if wide else 16,
-        "BLOCK_D": (64 if size == 64 else 128) if wide else 16,
+        "BLOCK_D": (64 if size == 64 or lean else 128) if wide else 16,
         "BLOCK_R": 32 if wide else 16,
         "num_warps": 4,
         "num_stages": 4 if wide else 3,
@@ -240,7 +243,7 @@ def decode(
     """The whole gated projection of at most 64 tokens. `sequence`: each token is the only new one of its sequence."""
     tokens, d = x.shape
     m, r, s = weight.shape[0], B.shape[0], 0 if sketch is None else sketch.shape[0]
-    config = blocks(x.dtype, tokens)
+    config = blocks(x.dtype, tokens, lean=sketch is not None and threshold.dim() > 0)
     block_t, block_n = config["BLOCK_T"], config["BLOCK_N"]
     delta_tiles = triton.cdiv(r, block_n) + triton.cdiv(s, block_n)
     tiles = delta_tiles + triton.cdiv(m, block_n)

@@ -59,7 +59,7 @@ def cases() -> list[dict[str, Any]]:
         ("fp16", 64, two_stage),
         ("fp32", 32, each),
     ):
-        config = decode.blocks(dtypes[dtype], tokens)
+        config = decode.blocks(dtypes[dtype], tokens, lean=flags["TWO_STAGE"] and flags.get("PER_TOKEN", False))
         flags = {"HAS_BIAS": True, "SPLIT": 4, "CAST_C": dtype != "fp32", "PER_TOKEN": False, **flags}
         add("decode.decode_kernel", dtype, "w_col u_col", **flags, **config)
     flags = {"DECIDE": True, "STORE_NORM": True, "HAS_MASK": True, "LISTED": True}
