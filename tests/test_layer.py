@@ -239,27 +239,28 @@ def test_gradients_flow_through_base_and_delta() -> None:
     torch.testing.assert_close(weight_grad, grad.reshape(-1, M).T @ x.detach().reshape(-1, D))
 
 
-@pytest.mark.parametrize("gate", ["calibrated", "sequence"])
-def test_one_graph_serves_every_step_and_every_content(gate: str) -> None:
+@pytest.mark.parametrize(("gate", "relative"), [("calibrated", False), ("calibrated", True), ("sequence", False)])
+def test_one_graph_serves_every_step_and_every_content(gate: str, relative: bool) -> None:
     from torch._dynamo.testing import CompileCounterWithBackend
 
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     hook = HookLinear(nn.Linear(D, M), gate=gate)
-    hook.set_delta(delta(), 1.0)
+    hook.set_delta(delta(), 1.0, relative=relative)
     compiled = torch.compile(hook, fullgraph=True, backend=counter)
     with torch.inference_mode():
         for step in range(4):
             x = inputs(2, 6) + step
             assert torch.equal(compiled(x), hook(x))
-            hook.set_delta(delta(step), 1.0 + 0.1 * step)  # the same shapes, other contents
+            hook.set_delta(delta(step), 1.0 + 0.1 * step, relative=relative)  # the same shapes, other contents
     assert counter.frame_count == 1
 
 
-def test_inference_and_autocast() -> None:
+@pytest.mark.parametrize("relative", [False, True])
+def test_inference_and_autocast(relative: bool) -> None:
     hook, x = HookLinear(nn.Linear(D, M)), inputs(2, 6)
     with torch.inference_mode():
-        hook.set_delta(delta(), 0.5)
+        hook.set_delta(delta(), 0.1 if relative else 0.5, relative=relative)
         inferred = hook(x)
     leaf = x.clone().requires_grad_()
     hook(leaf).sum().backward()  # what was set under inference_mode serves training too
