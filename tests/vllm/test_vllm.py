@@ -146,16 +146,17 @@ def test_layers_of_another_shape() -> None:
 
 
 @pytest.mark.parametrize(
-    ("folder", "base_model", "prefix", "message"),
+    ("folder", "base_model", "prefix", "relative", "message"),
     [
-        ("sequence", None, "model.layers.{}.mlp.down_proj", "sequence gate"),
-        ("edits-b", "0123", "model.layers.{}.mlp.down_proj", "calibrated edits of 0123"),
-        ("edits-b", None, "model.layers.1{}.mlp.down_proj", "edits layers"),
-        ("edits-b", None, "model.layers.{}.mlp.down_proj", "larger reserve_rank"),
+        ("sequence", None, "model.layers.{}.mlp.down_proj", True, "sequence gate"),
+        ("edits-b", "0123", "model.layers.{}.mlp.down_proj", True, "calibrated edits of 0123"),
+        ("edits-b", None, "model.layers.1{}.mlp.down_proj", True, "edits layers"),
+        ("edits-b", None, "model.layers.{}.mlp.down_proj", False, "threshold_relative True"),
+        ("edits-b", None, "model.layers.{}.mlp.down_proj", True, "larger reserve_rank"),
     ],
 )
 def test_a_swap_that_does_not_fit_changes_no_layer(
-    folder: str, base_model: str | None, prefix: str, message: str
+    folder: str, base_model: str | None, prefix: str, relative: bool, message: str
 ) -> None:
     import torch
 
@@ -169,8 +170,9 @@ def test_a_swap_that_does_not_fit_changes_no_layer(
         layer: Any = torch.nn.Module()
         layer.tp_size = 1
         layer.quant_method = EditedLinearMethod(
-            SimpleNamespace(), prefix.format(number), position, delta, threshold, 0, base_model or manifest["model"]
-        )
+            SimpleNamespace(), prefix.format(number), position, delta, threshold, 0, base_model or manifest["model"],
+            relative,
+        )  # fmt: skip
         for name, tensor in (("B", delta.B), ("U", delta.U)):
             layer.register_buffer(f"coachhook_{name}", torch.zeros_like(tensor))
         layer.register_buffer("coachhook_threshold", torch.zeros(()))
