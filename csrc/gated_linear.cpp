@@ -58,7 +58,8 @@ void calibrated(const at::Tensor& out, const at::Tensor& x, const OptionalTensor
     for (int64_t t = 0; t < count; ++t) {
       fire[start + t] = false;
       // "not under" rather than "at least": a NaN goes on to the exact norm, like in the one-stage gate.
-      if ((!valid || valid[start + t]) && !(sketch && norms[t] < tau[start + t])) candidates.push_back(start + t);
+      if ((!valid || valid[start + t]) && !(sketch && norms[t] < tau[start + t]))
+        candidates.push_back(start + t);
     }
   }
   for (auto at = candidates.begin(); at != candidates.end();) {
@@ -154,8 +155,8 @@ std::tuple<at::Tensor, at::Tensor> run(at::Tensor& out, const at::Tensor& x, con
   TORCH_CHECK(out.dim() == x.dim() && out.size(-1) == m, "out must be [..., ", m, "], got ", out.sizes());
   const auto tokens_shape = x.sizes().slice(0, x.dim() - 1);
   TORCH_CHECK(threshold.dim() == 0 || (gate == "calibrated" && threshold.sizes() == tokens_shape),
-              "threshold must have no dimension, or those of the tokens ", tokens_shape, " under `calibrated`, got ",
-              threshold.sizes());
+              "threshold must have no dimension, or those of the tokens ", tokens_shape,
+              " under `calibrated`, got ", threshold.sizes());
   const at::Tensor x2 = rows_of(x), out2 = out.view({-1, m});
   const at::ScalarType wide = accumulator(B.scalar_type());
   at::Tensor fire = at::empty(tokens_shape, x.options().dtype(at::kBool));
