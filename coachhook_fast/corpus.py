@@ -69,7 +69,8 @@ def with_openings(
             # Encoded anew, since many tokenizers write a text's first word otherwise than one behind a space.
             text = tokenizer.decode(list(document[start : start + _OPENING + 2])).strip()
             opening = list(tokenizer(text, add_special_tokens=False)["input_ids"])[:_OPENING]
-            yield opening
+            if opening:
+                yield opening
             owed -= max(1, len(opening))
 
 
@@ -77,7 +78,7 @@ def _word_starts(document: Sequence[int], tokenizer: Any) -> list[int]:
     """Places where a word begins with a room of `_OPENING` tokens behind; every place where tokens do not show it."""
     places = range(max(0, len(document) - _OPENING - 1))
     tokens = tokenizer.convert_ids_to_tokens(list(document))
-    marked = [i for i in places if tokens[i][:1] in _SPACES and tokens[i][1:2].isalnum()]
+    marked = [i for i in places if isinstance(tokens[i], str) and tokens[i][:1] in _SPACES and tokens[i][1:2].isalnum()]
     return marked or list(places)
 
 
