@@ -35,7 +35,8 @@ class Inspection:
         prompt: the text; tokens: its tokens as text; ids: their ids.
         gate: "calibrated" or "sequence".
         layers: the edited blocks; thresholds: τ or α of each.
-        norm: [T, L] ||Δk||; z: [T, L], NaN where it has no meaning; fire: [T, L] bool.
+        norm: [T, L] ||Δk||, or ||Δk|| / ||k|| where τ is `relative`; z: [T, L], NaN where it has no meaning.
+        fire: [T, L] bool.
     """
 
     prompt: str
@@ -47,6 +48,12 @@ class Inspection:
     norm: Tensor
     z: Tensor
     fire: Tensor
+    relative: bool = False
+
+    @property
+    def measure(self) -> str:
+        """What `norm` is, as a reader is told."""
+        return "‖Δk‖ / ‖k‖" if self.relative else "‖Δk‖"
 
     @property
     def level(self) -> Tensor:
@@ -60,6 +67,7 @@ class Inspection:
         return {
             "prompt": self.prompt,
             "gate": self.gate,
+            "relative": self.relative,
             "layers": list(self.layers),
             "thresholds": [_finite(value) for value in self.thresholds],
             "tokens": [
@@ -107,6 +115,7 @@ def inspect_prompt(model: nn.Module, tokenizer: Any, prompt: str) -> Inspection:
         norm=_stack([trace.norm for trace in traces]),
         z=_stack([trace.z for trace in traces]),
         fire=torch.stack([trace.fire.reshape(-1).cpu() for trace in traces], dim=1),
+        relative=any(hook.served.state.relative for hook in handle.hooks),
     )
 
 
@@ -143,7 +152,9 @@ def as_table(inspection: Inspection) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=f"gate: {inspection.gate}    ● = the edit fires    cell: norm, z", title_justify="left")
+    table = Table(
+        title=f"gate: {inspection.gate}    ● = the edit fires    cell: {inspection.measure}, z", title_justify="left"
+    )
     table.add_column("token", no_wrap=True)
     for head in _heads(inspection):
         table.add_column(head, justify="right", no_wrap=True)
@@ -179,12 +190,13 @@ def write_html(inspection: Inspection, path: str | Path) -> None:
             text = html.escape(_cell(inspection, row, column))
             cells.append(f'<td{fires} style="background: rgb({red},{green},{blue})">{text}</td>')
         rows.append(f"<tr>{''.join(cells)}</tr>\n")
-    compared = "z" if inspection.gate == "sequence" else "‖Δk‖"
+    compared = "z" if inspection.gate == "sequence" else inspection.measure
     page = (
         '<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>coachhook inspect</title>\n'
         f"<style>{_STYLE}</style>\n<h1>What the gate sees</h1>\n"
         f"<p>Prompt: <q>{html.escape(inspection.prompt)}</q></p>\n"
-        f"<p>Gate <code>{inspection.gate}</code>. A cell holds ‖Δk‖ and z. The edit fires where {compared} reaches "
+        f"<p>Gate <code>{inspection.gate}</code>. A cell holds {inspection.measure} and z. "
+        f"The edit fires where {compared} reaches "
         f"{_symbol(inspection)}: ● in a red frame.</p>\n"
         f"<table><tr><th>token</th>{heads}</tr>\n{''.join(rows)}</table></html>\n"
     )
@@ -214,7 +226,7 @@ def write_png(inspection: Inspection, path: str | Path) -> None:
     axes.set_yticks(range(rows), [visible(token).replace("$", r"\$") for token in inspection.tokens])
     axes.set_xticks(range(columns), _heads(inspection))
     axes.xaxis.tick_top()
-    axes.set_title(f"‖Δk‖, z and decision (●), gate: {inspection.gate}", fontsize=10)
+    axes.set_title(f"{inspection.measure}, z and decision (●), gate: {inspection.gate}", fontsize=10)
     figure.savefig(path, dpi=150, format="png")
 
 

@@ -143,3 +143,22 @@ def test_level_is_one_at_the_threshold() -> None:
     calibrated = Inspection(gate="calibrated", norm=2 * one, z=one, fire=one > 0, **shared)
     sequence = Inspection(gate="sequence", norm=one, z=2 * one, fire=one > 0, **shared)
     assert float(calibrated.level) == float(sequence.level) == 1.0
+
+
+def test_relative_thresholds_are_shown_as_what_they_are(tmp_path: Path) -> None:
+    model, handle = edited("calibrated", 1.0)
+    for hook in handle.hooks:
+        hook.set_delta(hook.delta, 0.2, relative=True)
+    tokenizer = tiny_tokenizer()
+    found = inspect_prompt(model, tokenizer, PROMPT)
+    assert found.relative
+    for column, (hook, (keys, added)) in enumerate(
+        zip(handle.hooks, watched(model, handle, list(found.ids)), strict=True)
+    ):
+        share = (keys @ hook.get_delta_weight().T).norm(dim=-1) / keys.norm(dim=-1)
+        torch.testing.assert_close(found.norm[:, column], share.to(found.norm))
+        assert torch.equal(found.fire[:, column], added.abs().amax(-1) > 0)
+    assert torch.equal(found.level >= 1, found.fire)
+    assert found.to_dict()["relative"] is True
+    write_html(found, tmp_path / "view.html")
+    assert "A cell holds ‖Δk‖ / ‖k‖ and z" in (tmp_path / "view.html").read_text(encoding="utf-8")
