@@ -29,6 +29,7 @@ PAPER: dict[str, Any] = {
     "context_seeds": ("The", "Therefore", "Because", "I", "You"),
     "subject_templates": (),
     "layer_turns": 1,
+    "others_weight": 1.0,
     "namesakes": 0,
     "openings": 0.0,
     "threshold_relative": False,
@@ -36,10 +37,11 @@ PAPER: dict[str, Any] = {
 
 
 # What batches that take turns change of the published steps; None in a config until the model is known.
-TURNING = ("layer_turns", "namesakes", "openings", "threshold_relative")
+TURNING = ("layer_turns", "others_weight", "namesakes", "openings", "threshold_relative")
 
 _NAMESAKES = 8
 _OPENINGS = 0.2
+_OTHERS_WEIGHT = 0.03
 
 # Width of keys, summed over the layers that take turns: nine layers of SmolLM2, which hold 300 edits and not 1 000
 # (docs/notes/turns.md).
@@ -60,6 +62,9 @@ class EditConfig:
             the others only learn something of its keys. 1, as in the paper, edits all; len(layers) one at a time.
             `calibrated` only (docs/notes/turns.md). None: one at a time where `layers` is None and the gate is
             `calibrated`, else 1.
+        others_weight: how much of K Kᵀ a layer learns of the requests that others edit. In full, a thousand keys leave
+            a new one no room in 1 536 dimensions; without, later updates change what the layer answers to them
+            (docs/notes/relative.md). None: .03.
         namesakes: most texts of the corpus a request in which another subject ends in the same token: their keys enter
             the batch's solve without a residual, so that the edit passes them by (docs/notes/namesakes.md). None: 8
             where `layer_turns` is above 1, else 0, as in the paper.
@@ -103,6 +108,7 @@ class EditConfig:
 
     layers: tuple[int, ...] | None = None
     layer_turns: int | None = None
+    others_weight: float | None = None
     namesakes: int | None = None
     openings: float | None = None
     namesake_tokens: int = 1_000_000
@@ -162,6 +168,10 @@ class EditConfig:
             raise TypeError(f"threshold_relative must be true, false or null, got {self.threshold_relative!r}")
         if self.threshold_relative and self.gate != "calibrated":
             raise ValueError(f"threshold_relative must be false where the gate is {self.gate!r}, got true")
+        if self.others_weight is not None:
+            _check_number("others_weight", self.others_weight, above=0.0)
+            if self.others_weight > 1:
+                raise ValueError(f"others_weight must be at most 1, got {self.others_weight}")
         if self.namesakes is not None:
             _check_number("namesakes", self.namesakes, least=0, integer=True)
         if self.openings is not None:
@@ -202,6 +212,11 @@ class EditConfig:
         return cls(**values)
 
     @classmethod
+    def from_saved(cls, values: Mapping[str, Any]) -> EditConfig:
+        """Reads the settings of an edit set on disk; versions that did not know those of TURNING did as the paper."""
+        return cls.from_dict({**{name: PAPER[name] for name in TURNING}, **values})
+
+    @classmethod
     def from_yaml(cls, path: str | Path) -> EditConfig:
         """Reads a YAML file, our own or one of EasyEdit's hparams (its keys without meaning here are passed over)."""
         return cls.from_dict(read_yaml(path))
@@ -219,6 +234,7 @@ class EditConfig:
         return self.replace(
             layers=tuple(layers),
             layer_turns=turns,
+            others_weight=(_OTHERS_WEIGHT if turns > 1 else 1.0) if self.others_weight is None else self.others_weight,
             namesakes=(_NAMESAKES if turns > 1 else 0) if self.namesakes is None else self.namesakes,
             openings=(_OPENINGS if turns > 1 else 0.0) if self.openings is None else self.openings,
             threshold_relative=turns > 1 if self.threshold_relative is None else self.threshold_relative,

@@ -62,7 +62,8 @@ def with_openings(
     owed = 0.0
     for document in documents:
         yield list(document)
-        owed += len(document) * share / (1.0 - share)
+        # What a document without room for one owes is its successors' to pay, up to one.
+        owed = min(owed, _OPENING) + len(document) * share / (1.0 - share)
         starts = _word_starts(document, tokenizer) if owed >= _OPENING else []
         while owed >= _OPENING and starts:
             start = generator.choice(starts)

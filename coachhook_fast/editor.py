@@ -81,6 +81,7 @@ class Editor:
         layers = config.layers
         self._handle = Hooks(model, layout, layers, config.gate)
         try:
+            self._check_devices()
             self.model_id = fingerprint(model)
             if saved is not None:
                 store.check_continues(saved, self.model_id, config)
@@ -97,6 +98,15 @@ class Editor:
             raise
         self.statistics: KeyStatistics | None = None
         self.memories: list[KeyMemory] = []
+
+    def _check_devices(self) -> None:
+        """ValueError unless the edited blocks compute where the model's inputs are: the editor's tensors are there."""
+        for layer, hook in zip(self._handle.layers, self.hooks, strict=True):
+            if hook.delta.device != self.partial.device:
+                raise ValueError(
+                    f"edited block {layer} computes on {hook.delta.device}, the model's inputs are on "
+                    f"{self.partial.device}: keep the edited blocks on that device (device_map), or edit others"
+                )
 
     # ---------------------------------------------------------------- what there is
 
@@ -183,8 +193,8 @@ class Editor:
         Args:
             requests: the facts to change.
             progress: show a bar on stderr.
-            observer: called as observer(event, layer, **tensors) with "values" (V), "update" (K, R, X, s, and N, the
-                keys of namesakes and rivals) a layer and "threshold" (value) a layer.
+            observer: called as observer(event, layer, **tensors) with "values" (V), "update" (K as the layer learns it,
+                R, X, s, and N, the keys of namesakes and rivals) a layer and "threshold" (value) a layer.
 
         Raises:
             ValueError: see `request.tokenise_batch`, `targets.optimise`, `KeyMemory.solve`; or the editor was unloaded.

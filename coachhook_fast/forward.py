@@ -141,7 +141,12 @@ class PartialModel:
         head = self.model.get_output_embeddings()  # type: ignore[operator]
         if head is None:
             raise ValueError(f"{type(self.model).__name__} has no output embeddings: not a causal language model")
-        handle = head.register_forward_pre_hook(lambda _, args: (args[0][rows, columns].unsqueeze(0),))
+
+        def gather(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+            hidden = args[0]
+            return (hidden[rows.to(hidden.device), columns.to(hidden.device)].unsqueeze(0),)
+
+        handle = head.register_forward_pre_hook(gather)
         with _removing(handle):
             yield
 

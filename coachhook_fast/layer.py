@@ -287,7 +287,7 @@ class HookLinear(nn.Module):
         norm = self._parts.delta_norm(x.to(state.B.dtype), state.B)
         fire = (norm >= self._limit(x, state)) & (not state.is_empty)
         if state.relative:
-            norm = norm / self._parts.key_length(x)
+            norm = norm / self._parts.key_length(x).clamp(min=torch.finfo(norm.dtype).tiny)
         mean, std = state.moments or (math.nan, math.nan)
         return GateTrace(norm, (norm - mean) / std, fire)
 

@@ -1,8 +1,8 @@
 """Rivals: keys of edits that other layers made, and that a new edit would answer to.
 
-A layer learns those keys with a small weight (`turns.OTHERS_WEIGHT`), so that many leave room for new ones. To the few
-that a new edit answers to all the same the solve is shown in full, as it is to namesakes; they are not remembered
-either (docs/notes/relative.md).
+A layer learns those keys with a small weight (`EditConfig.others_weight`), so that many leave room for new ones. The
+few that a new edit would answer to all the same are shown to the solve in full, as namesakes are, and like them not
+remembered (docs/notes/relative.md).
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from coachhook_fast.edit_set import EditSet
-from coachhook_fast.turns import OTHERS_WEIGHT
 
 # Rivals are answered to with more than this share of an own key's answer; so many are shown at most.
 _SHARE = 0.2
@@ -33,7 +32,8 @@ def rivals(edits: EditSet, position: int, K: Tensor, X: Tensor, batch: Tensor) -
     others = [keys.to(K) for keys in (*learnt, batch) if keys.shape[1]]
     if not others:
         return K[:, :0]
-    root = OTHERS_WEIGHT**0.5  # what a learnt key is scaled with
+    assert edits.config.others_weight is not None  # resolved when the set was made
+    root = edits.config.others_weight**0.5  # what a learnt key is scaled with
 
     def answers(keys: Tensor, scale: float) -> Tensor:
         """[n, keys], in proportion to the keys' lengths where τ is."""

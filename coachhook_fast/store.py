@@ -28,7 +28,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from coachhook_fast.architectures import layout_of
-from coachhook_fast.config import PAPER, TURNING, EditConfig
+from coachhook_fast.config import EditConfig
 from coachhook_fast.delta import LowRankDelta
 from coachhook_fast.edit_set import Batch, EditSet, LayerUpdate
 from coachhook_fast.hooks import DEFAULT, Hooks, hooks_of
@@ -89,8 +89,7 @@ def load(folder: Path) -> EditSet:
 
 
 def _edit_set_of(folder: Path, manifest: Mapping[str, Any]) -> EditSet:
-    # Versions that did not know these settings edited as the paper does.
-    config = EditConfig.from_dict({**{name: PAPER[name] for name in TURNING}, **manifest["config"]})
+    config = EditConfig.from_saved(manifest["config"])
     assert config.layers is not None  # read_manifest has looked
     layers = len(config.layers)
     return EditSet(
@@ -142,6 +141,7 @@ def check_continues(edit_set: EditSet, model_id: str, config: EditConfig) -> Non
     for name in (
         "layers",
         "layer_turns",
+        "others_weight",
         "threshold_relative",
         "mom2_update_weight",
         "gate",

@@ -31,6 +31,7 @@ from coachhook_fast.forward import PartialModel
 from coachhook_fast.progress import Bar
 from coachhook_fast.request import TokenisedRequest, by_subject
 from coachhook_fast.target_rows import TargetRows, needs_kl_row
+from coachhook_fast.tensor_parallel import is_tensor_parallel
 
 # A step's rows are padded to the longest of their group. Once a group has this many tokens a step, matrix products are
 # at their full rate, and a cluster that would lengthen it by more than this share begins a group of its own.
@@ -99,7 +100,7 @@ def optimise(
             rows = TargetRows.build(partial, last, [batch[index] for index in members], config, pad_id, whole_rows)
             found = _Problem(partial, last, rows, v0[:, members].T, [len(cluster) for cluster in group], config).solve()
         except torch.OutOfMemoryError:
-            if len(group) == 1:
+            if len(group) == 1 or is_tensor_parallel(partial.model):  # the other ranks are in the whole group
                 raise
             waiting[:0] = [group[: len(group) // 2], group[len(group) // 2 :]]
             continue

@@ -68,7 +68,8 @@ class ColumnShard:
     def coordinates(self, x: Tensor, B: Tensor) -> Tensor:
         """c [..., r] in fp32 or fp64, from this rank's columns of keys and B (or from whole keys)."""
         dtype = accumulator_dtype(B.dtype)
-        partial = self.own(x).to(dtype) @ B.to(dtype).T
+        with torch.autocast(x.device.type, enabled=False):
+            partial = self.own(x).to(dtype) @ B.to(dtype).T
         return _Sum.apply(partial, self.group)  # type: ignore[no-any-return]
 
     def delta_norm(self, x: Tensor, B: Tensor) -> Tensor:
@@ -84,7 +85,9 @@ class ColumnShard:
 
     def correct(self, out: Tensor, x: Tensor, U: Tensor | None, B: Tensor, fire: Tensor) -> Tensor:
         """``ops.correct``."""
-        return reference.add(out, self.coordinates(x, B), U, fire)
+        c = self.coordinates(x, B)
+        with torch.autocast(x.device.type, enabled=False):
+            return reference.add(out, c, U, fire)
 
     def gated_delta(
         self,
@@ -104,7 +107,8 @@ class ColumnShard:
         with torch.no_grad():
             norm = torch.linalg.vector_norm(c, dim=-1)
             fire, state = reference.decide(norm, threshold, gate, mask, cu_seqlens, state)
-        return reference.add(out, c, U, fire), fire, state
+        with torch.autocast(x.device.type, enabled=False):
+            return reference.add(out, c, U, fire), fire, state
 
 
 class _Sum(torch.autograd.Function):

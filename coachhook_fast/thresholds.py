@@ -39,7 +39,9 @@ def calibrate(delta: LowRankDelta, keys: torch.Tensor, own: torch.Tensor, config
 def measure(delta: LowRankDelta, keys: torch.Tensor, relative: bool) -> torch.Tensor:
     """[N] what τ is compared with for `keys` [N, d]: ||Δk||, or ||Δk|| / ||k||."""
     norms = delta.norms(keys)
-    return norms / torch.linalg.vector_norm(keys, dim=1, dtype=norms.dtype) if relative else norms
+    if not relative:
+        return norms
+    return norms / torch.linalg.vector_norm(keys, dim=1, dtype=norms.dtype).clamp(min=torch.finfo(norms.dtype).tiny)
 
 
 def calibrated_threshold(norms: torch.Tensor, own: torch.Tensor, config: EditConfig) -> Threshold:

@@ -15,10 +15,6 @@ from coachhook_fast.request import TokenisedRequest, by_subject
 # hundreds, and target values of a few requests at a time would be found more slowly.
 _REQUESTS_A_TURN = 16
 
-# How much of K Kᵀ a layer learns of the requests that others edit. In full, 1 000 keys leave a new one no room in a
-# space of 1 536 dimensions; without, later updates change what the layer answers to them (docs/notes/relative.md).
-OTHERS_WEIGHT = 0.03
-
 
 @dataclass(frozen=True)
 class Turn:

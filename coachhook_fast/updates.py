@@ -23,7 +23,7 @@ from coachhook_fast.post_norm import through_norm
 from coachhook_fast.request import TokenisedRequest, TokenRow
 from coachhook_fast.rivals import rivals
 from coachhook_fast.thresholds import reachable_alphas
-from coachhook_fast.turns import OTHERS_WEIGHT, Turn
+from coachhook_fast.turns import Turn
 
 Observer = Callable[..., None]
 
@@ -68,7 +68,7 @@ def update_layers(
     """Step 2, layer by layer, with keys and outputs read anew at each; leaves the result published in `hooks`.
 
     Args:
-        turns: which requests edit which layers. The other layers learn a request's keys, with OTHERS_WEIGHT (in
+        turns: which requests edit which layers. The other layers learn a request's keys, with `others_weight` (in
             `LayerUpdate.keys`, behind those of their own requests), and change nothing for it.
         values: V [m, n], each for the output of the last layer of its request's turn.
         namesakes: texts that the edits should pass by (see namesakes.py).
@@ -79,6 +79,7 @@ def update_layers(
     limits: dict[str, Any] = {"pad_id": pad_id, "max_tokens": config.max_batch_tokens}
     whole = config.gate == "sequence"
     collector = KeyCollector.of_requests(partial, edits.layers, batch, whole_prompts=whole, **limits)
+    assert config.others_weight is not None  # resolved when the set was made
     others = KeyCollector(partial, edits.layers, namesakes, each=1, **limits)
     rounding = torch.finfo(next(partial.model.parameters()).dtype).eps
     noise = min(_ROUNDINGS * rounding, _LARGEST_NOISE) * values.norm(dim=0)
@@ -91,7 +92,7 @@ def update_layers(
         hooks.set_modes(["always" if p in turn.positions and p >= position else "gated" for p in range(count)])
         readings = collector.read(position, last=turn.last if own else None)
         weights = torch.ones(len(batch), dtype=torch.float64, device=partial.device)
-        weights[len(own) :] = OTHERS_WEIGHT
+        weights[len(own) :] = config.others_weight
         K = readings.keys.to(weights)[:, order] * weights.sqrt()
         N = others.read(position).keys.to(K) if namesakes and own else K[:, :0]
         X, s = memories[position].solve(torch.cat([K, N], dim=1))

@@ -82,3 +82,11 @@ def test_auto_device(folder: Path) -> None:
     """There may be one device only: what is tested is that the model arrives whole."""
     model, _ = load_model(str(folder), device="auto")
     assert fingerprint(model) == fingerprint(load_model(str(folder), device="cpu")[0])
+
+
+def test_edited_blocks_elsewhere_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = load_model(str(folder))
+    monkeypatch.setattr("coachhook_fast.layer.serving_placement", lambda *_: (torch.float32, torch.device("meta")))
+    with pytest.raises(ValueError, match="edited block 1 computes on meta, the model's inputs are on cpu"):
+        Editor(model, tokenizer, EditConfig(layers=(1, 2)))
+    assert not hasattr(model, "coachhook")

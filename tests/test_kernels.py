@@ -107,6 +107,13 @@ def test_a_limit_for_every_token(way: str, dtype: torch.dtype, sketched: bool, m
     assert 0 < int(reference.gated_linear(x, weight, bias, U, B, limit)[1].sum()) < 19
 
 
+def test_limits_must_fit_the_tokens() -> None:
+    x, weight, bias, U, B = problem(4, 37, 70, 9, torch.float32)
+    for shape, gate in (((3,), "calibrated"), ((1,), "calibrated"), ((4,), "sequence")):
+        with pytest.raises(ValueError, match="threshold must have no dimension"):
+            cuda.gated_linear(x, weight, bias, U, B, torch.ones(shape, device=DEVICE), None, gate)
+
+
 def test_sequence_padded_and_packed(way: str) -> None:
     x, weight, bias, U, B = problem(33, 40, 70, 9, torch.float32)
     delta, alpha = (weight, bias, U, B), torch.tensor(1.1, device=DEVICE)

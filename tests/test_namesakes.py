@@ -164,7 +164,7 @@ def test_sets_of_earlier_versions_go_on_as_they_were(tmp_path: Path) -> None:
     (tmp_path / MANIFEST).write_text(json.dumps(manifest))
     editor.unload()
     again = Editor(editor.model, TOKENIZER, edits=tmp_path)
-    assert [getattr(again.config, name) for name in TURNING] == [1, 0, 0.0, False]
+    assert [getattr(again.config, name) for name in TURNING] == [1, 1.0, 0, 0.0, False]
 
 
 @pytest.mark.parametrize("settings", [{"namesakes": -1}, {"namesakes": 1.5}, {"namesake_tokens": -1}])

@@ -61,6 +61,8 @@ def test_tokens_without_spaces_and_short_documents() -> None:
     assert all(len(text) == 6 and text == list(range(text[0], text[0] + 6)) for text in found[2:])
     assert len(found) > 5
     assert list(with_openings([[5, 6, 7]] * 9, Bare(), 0.5)) == [[5, 6, 7]] * 9  # no room for one
+    burst = list(with_openings([[5, 6, 7]] * 99 + [list(range(24))], Bare(), 0.2))  # nor do they all fall to the next
+    assert len(burst) == 102
 
 
 def test_statistics_of_batches_that_take_turns_hold_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -13,9 +13,9 @@ from torch import Tensor
 from coachhook_fast import EditRequest
 from coachhook_fast.edit_set import LayerUpdate
 from coachhook_fast.rivals import rivals
-from coachhook_fast.turns import OTHERS_WEIGHT
 
-TURNS = CONFIG.replace(layers=(0, 1, 2), layer_turns=3, namesakes=0)
+OTHERS_WEIGHT = 0.2
+TURNS = CONFIG.replace(layers=(0, 1, 2), layer_turns=3, namesakes=0, others_weight=OTHERS_WEIGHT)
 
 
 def edit_set(*learnt: Tensor, relative: bool = True) -> Any:

@@ -7,7 +7,7 @@ import torch
 
 from coachhook_fast import EditConfig
 from coachhook_fast.delta import LowRankDelta
-from coachhook_fast.thresholds import calibrate, calibrated_threshold
+from coachhook_fast.thresholds import calibrate, calibrated_threshold, measure
 
 
 def samples(own_at: float, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -74,3 +74,12 @@ def test_a_relative_threshold_is_a_share_of_the_key() -> None:
     # how long a key is says nothing
     longer = calibrate(delta, keys * 5, own, EditConfig(threshold_relative=True))
     assert longer.value == pytest.approx(calibrate(delta, keys, own, EditConfig(threshold_relative=True)).value)
+
+
+def test_a_key_of_zeros_has_no_share() -> None:
+    delta = LowRankDelta.zeros(7, 9).append(torch.ones(7, 1), torch.ones(9, 1))
+    keys = torch.stack([torch.zeros(9), torch.ones(9), torch.arange(9.0)])
+    found = measure(delta, keys, relative=True)
+    assert found[0] == 0
+    assert bool(found.isfinite().all())
+    calibrate(delta, keys, keys[1:].T, EditConfig(threshold_relative=True))

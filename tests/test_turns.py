@@ -13,7 +13,7 @@ from tiny import tiny_model, tiny_tokenizer
 from coachhook_fast import EditConfig, Editor, EditRequest, load_edits
 from coachhook_fast.keys import KeyCollector
 from coachhook_fast.request import tokenise_batch
-from coachhook_fast.turns import OTHERS_WEIGHT, in_batch_order, turns_of
+from coachhook_fast.turns import in_batch_order, turns_of
 
 TURNS = CONFIG.replace(layers=(0, 1, 2), layer_turns=3)
 
@@ -65,7 +65,7 @@ def test_others_keys_are_learnt_with_a_small_weight() -> None:
         patch.setattr(KeyCollector, "read", keep)
         batch = edit(editor, facts(3))
     assert [update.residuals.shape[1] for update in batch.layers] == [0, 3, 0]
-    for position, share in enumerate((OTHERS_WEIGHT, 1.0, OTHERS_WEIGHT)):
+    for position, share in enumerate((0.03, 1.0, 0.03)):
         expected = read[position].double() * share**0.5
         torch.testing.assert_close(batch.layers[position].keys, expected)
 

@@ -129,7 +129,9 @@ def load_config(arguments: argparse.Namespace, *, edits: Path | None = None) -> 
     from coachhook_fast.config import EditConfig, read_yaml
     from coachhook_fast.manifest import read_manifest
 
-    values: dict[str, Any] = {} if edits is None else dict(read_manifest(edits)["config"])
+    values: dict[str, Any] = {}
+    if edits is not None:
+        values = EditConfig.from_saved(read_manifest(edits)["config"]).to_dict()
     try:
         if arguments.config is not None:
             values |= read_yaml(arguments.config)

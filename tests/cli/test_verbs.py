@@ -13,6 +13,8 @@ from tiny import tiny_facts, tiny_texts
 
 from coachhook_fast.cli import VERBS, main
 from coachhook_fast.cli.common import _layers, _value
+from coachhook_fast.config import PAPER, TURNING
+from coachhook_fast.manifest import MANIFEST
 
 # -------------------------------------------------------------------- help
 
@@ -248,3 +250,20 @@ def test_bench_of_ones_own_model(
     assert all(row["checked"] and 0 < row["added_bytes"] < row["twin_bytes"] for row in rows)
     assert "give both model and edits" in fails(capsys, "bench", "gated-linear", "--model", model)
     assert "takes no model" in fails(capsys, "bench", "solve", "--model", model)
+
+
+def test_edit_goes_on_from_a_set_of_an_earlier_version(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Batches that took turns before thresholds could be relative go on as they were."""
+    turns = ["--set", "layer_turns=2", *(f for n in TURNING[1:] for f in ("--set", f"{n}={json.dumps(PAPER[n])}"))]
+    folder = str(tmp_path / "old")
+    run_text(capsys, "edit", *model(home), *facts(home), *QUICK, *turns, "--limit", "2", "--out", folder)
+    manifest = json.loads((tmp_path / "old" / MANIFEST).read_text())
+    for name in TURNING[1:]:
+        del manifest["config"][name]
+    (tmp_path / "old" / MANIFEST).write_text(json.dumps(manifest))
+    longer = str(tmp_path / "longer")
+    run_text(capsys, "edit", *model(home), *facts(home), "--edits", folder, "--limit", "4", "--out", longer)
+    config = json.loads((tmp_path / "longer" / MANIFEST).read_text())["config"]
+    assert [config[name] for name in TURNING] == [2, *(PAPER[name] for name in TURNING[1:])]
