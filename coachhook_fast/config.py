@@ -43,8 +43,7 @@ _NAMESAKES = 8
 _OPENINGS = 0.2
 _OTHERS_WEIGHT = 0.03
 
-# Width of keys, summed over the layers that take turns: nine layers of SmolLM2, which hold 300 edits and not 1 000
-# (docs/notes/turns.md).
+# Width of keys, summed over the layers that take turns: nine layers of SmolLM2 (docs/notes/turns.md, relative.md).
 _SUMMED_WIDTH = 13_824
 
 
