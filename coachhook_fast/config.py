@@ -36,12 +36,11 @@ PAPER: dict[str, Any] = {
 }
 
 
-# What batches that take turns change of the published steps; None in a config until the model is known.
-TURNING = ("layer_turns", "others_weight", "namesakes", "openings", "threshold_relative")
+# The steps of batches that take turns, where PAPER has those of one that edits all layers.
+_IN_TURN: dict[str, Any] = {"others_weight": 0.03, "namesakes": 8, "openings": 0.2, "threshold_relative": True}
 
-_NAMESAKES = 8
-_OPENINGS = 0.2
-_OTHERS_WEIGHT = 0.03
+# Settings that are None in a config until the model is known.
+TURNING = ("layer_turns", *_IN_TURN)
 
 # Width of keys, summed over the layers that take turns: nine layers of SmolLM2 (docs/notes/turns.md, relative.md).
 _SUMMED_WIDTH = 13_824
@@ -63,7 +62,7 @@ class EditConfig:
             `calibrated`, else 1.
         others_weight: how much of K Kᵀ a layer learns of the requests that others edit. In full, a thousand keys leave
             a new one no room in 1 536 dimensions; without, later updates change what the layer answers to them
-            (docs/notes/relative.md). None: .03.
+            (docs/notes/relative.md). None: .03 where `layer_turns` is above 1.
         namesakes: most texts of the corpus a request in which another subject ends in the same token: their keys enter
             the batch's solve without a residual, so that the edit passes them by (docs/notes/namesakes.md). None: 8
             where `layer_turns` is above 1, else 0, as in the paper.
@@ -230,13 +229,12 @@ class EditConfig:
         if layers is None:
             layers = turning_layers(num_layers, key_dim) if turning else default_layers(num_layers)
         turns = self.layer_turns or (len(layers) if turning else 1)
+        steps = _IN_TURN if turns > 1 else {name: PAPER[name] for name in _IN_TURN}
+        given = {name: getattr(self, name) for name in steps}
         return self.replace(
             layers=tuple(layers),
             layer_turns=turns,
-            others_weight=(_OTHERS_WEIGHT if turns > 1 else 1.0) if self.others_weight is None else self.others_weight,
-            namesakes=(_NAMESAKES if turns > 1 else 0) if self.namesakes is None else self.namesakes,
-            openings=(_OPENINGS if turns > 1 else 0.0) if self.openings is None else self.openings,
-            threshold_relative=turns > 1 if self.threshold_relative is None else self.threshold_relative,
+            **{name: step if given[name] is None else given[name] for name, step in steps.items()},
             mom2_update_weight=self.mom2_update_weight or default_update_weight(key_dim),
         )
 

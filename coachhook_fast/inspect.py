@@ -115,7 +115,7 @@ def inspect_prompt(model: nn.Module, tokenizer: Any, prompt: str) -> Inspection:
         norm=_stack([trace.norm for trace in traces]),
         z=_stack([trace.z for trace in traces]),
         fire=torch.stack([trace.fire.reshape(-1).cpu() for trace in traces], dim=1),
-        relative=any(hook.served.state.relative for hook in handle.hooks),
+        relative=any(trace.relative for trace in traces),
     )
 
 

@@ -57,12 +57,13 @@ class SequenceSource(Protocol):
 class GateTrace:
     """What the gate sees and decides for each token: norm, z ``[...]`` fp32 or fp64, fire ``[...]`` bool.
 
-    norm is ``||Delta k||``, or ``||Delta k|| / ||k||`` where tau is relative.
+    norm is ``||Delta k||``, or ``||Delta k|| / ||k||`` where tau is `relative` (of some rows, where edit sets differ).
     """
 
     norm: Tensor
     z: Tensor
     fire: Tensor
+    relative: bool = False
 
 
 class HookLinear(nn.Module):
@@ -195,7 +196,7 @@ class HookLinear(nn.Module):
         return float(self.served.state.threshold)
 
     def get_delta_weight(self) -> Tensor:
-        """``Delta`` as served, ``[m, d]``."""
+        """``Delta`` as served, ``[m, d]``; this rank's columns where ranks share the base out."""
         return self.delta.dense()
 
     # ---------------------------------------------------------------- forward
@@ -289,16 +290,18 @@ class HookLinear(nn.Module):
         if state.relative:
             norm = norm / self._parts.key_length(x).clamp(min=torch.finfo(norm.dtype).tiny)
         mean, std = state.moments or (math.nan, math.nan)
-        return GateTrace(norm, (norm - mean) / std, fire)
+        return GateTrace(norm, (norm - mean) / std, fire, state.relative)
 
     def _trace_rows(self, x: Tensor, rows: RowStates) -> GateTrace:
         """Each row by its own edit set; norm 0 and z NaN in rows of the base model."""
         norm = torch.zeros(x.shape[:-1], dtype=accumulator_dtype(x.dtype), device=x.device)
         z, fire = torch.full_like(norm, math.nan), torch.zeros_like(norm, dtype=torch.bool)
+        relative = False
         for state, own in rows.groups_in(x):
             found = self._trace_calibrated(x[own], state)
             norm[own], z[own], fire[own] = found.norm.to(norm), found.z.to(z), found.fire
-        return GateTrace(norm, z, fire)
+            relative |= found.relative
+        return GateTrace(norm, z, fire, relative)
 
     def _sequence(self) -> SequenceInfo | None:
         """What the gate must know of this thread's pass; None where it needs nothing."""

@@ -90,8 +90,10 @@ def _is_text(value: object) -> bool:
 
 
 def version_of(manifest: Mapping[str, Any]) -> str:
-    """Names what an edit set serves: 12 hex digits over deltas and thresholds."""
+    """Names what an edit set serves: 12 hex digits over deltas, thresholds and what these are compared with."""
     served = json.dumps([manifest["weights"]["sha256"], manifest["thresholds"]])
+    if manifest["config"].get("threshold_relative"):  # sets without keep their names
+        served += "relative"
     return hashlib.sha256(served.encode()).hexdigest()[:12]
 
 

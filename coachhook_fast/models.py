@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from coachhook_fast.placement import held_parameter
+from coachhook_fast.placement import held_parameter, stands_twice
 from coachhook_fast.tensor_parallel import gathered
 
 SMOLLM2 = "smollm2"
@@ -79,7 +79,11 @@ def fingerprint(model: nn.Module) -> str:
     Evenly spaced values of every parameter, rounded to bf16, with names and shapes. Installed hooks do not count.
     """
     model_type = str(getattr(getattr(model, "config", None), "model_type", ""))
-    named = {name.replace(".base_layer", ""): (name, tensor.detach()) for name, tensor in model.named_parameters()}
+    named = {
+        name.replace(".base_layer", ""): (name, tensor.detach())
+        for name, tensor in model.named_parameters()
+        if not stands_twice(model, name, tensor)
+    }
     return _digest(model_type, sorted(named), lambda name: gathered(held_parameter(model, *named[name])))
 
 

@@ -42,6 +42,12 @@ def held_parameter(model: nn.Module, name: str, parameter: Tensor) -> Tensor:
     return parameter
 
 
+def stands_twice(model: nn.Module, name: str, parameter: Tensor) -> bool:
+    """Whether it is the stand-in of a tied parameter, which the model lists under its other name too: two stand-ins do
+    not show that they are one."""
+    return parameter.device == _META and name in (getattr(model, "all_tied_weights_keys", None) or {})
+
+
 def _hooks(module: nn.Module) -> Iterator[Any]:
     """accelerate's AlignDevicesHooks of a module."""
     first = getattr(module, "_hf_hook", None)

@@ -75,6 +75,7 @@ def model_statistics(
         keys=config.threshold_keys,
         begin=begin,
         modules=config.rewrite_module_tmp,
+        # Runs without them keep the names that edit sets of earlier versions know them by.
         **({"openings": config.openings} if config.openings else {}),
     )
     held = _cached(run)
@@ -88,7 +89,7 @@ def model_statistics(
     share = config.openings or 0.0
     statistics = collect(
         partial,
-        with_openings(documents, tokenizer, share) if share else documents,
+        with_openings(documents, tokenizer, share),
         config.layers,
         model_id=model_id,
         begin=begin,

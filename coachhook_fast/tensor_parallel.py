@@ -90,23 +90,13 @@ class ColumnShard:
             return reference.add(out, c, U, fire)
 
     def gated_delta(
-        self,
-        out: Tensor,
-        x: Tensor,
-        U: Tensor | None,
-        B: Tensor,
-        threshold: Tensor,
-        sketch: Tensor | None,
-        gate: str,
-        mask: Tensor | None,
-        cu_seqlens: Tensor | None,
-        state: Tensor | None,
+        self, out: Tensor, x: Tensor, U: Tensor | None, B: Tensor, threshold: Tensor, _: Any, *gate: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
         """``ops.gated_delta``; a sketch would need an all-reduce of its own and is not used."""
         c = self.coordinates(x, B)
         with torch.no_grad():
             norm = torch.linalg.vector_norm(c, dim=-1)
-            fire, state = reference.decide(norm, threshold, gate, mask, cu_seqlens, state)
+            fire, state = reference.decide(norm, threshold, *gate)
         with torch.autocast(x.device.type, enabled=False):
             return reference.add(out, c, U, fire), fire, state
 

@@ -90,3 +90,13 @@ def test_edited_blocks_elsewhere_are_refused(folder: Path, monkeypatch: pytest.M
     with pytest.raises(ValueError, match="edited block 1 computes on meta, the model's inputs are on cpu"):
         Editor(model, tokenizer, EditConfig(layers=(1, 2)))
     assert not hasattr(model, "coachhook")
+
+
+def test_tied_parameters_count_once_wherever_they_are() -> None:
+    from accelerate import cpu_offload
+
+    whole = tiny_model("qwen2")
+    name = fingerprint(whole)
+    assert fingerprint(cpu_offload(tiny_model("qwen2"), execution_device="cpu")) == name
+    untied = tiny_model("llama")
+    assert fingerprint(cpu_offload(tiny_model("llama"), execution_device="cpu")) == fingerprint(untied)

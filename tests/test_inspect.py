@@ -161,4 +161,5 @@ def test_relative_thresholds_are_shown_as_what_they_are(tmp_path: Path) -> None:
     assert torch.equal(found.level >= 1, found.fire)
     assert found.to_dict()["relative"] is True
     write_html(found, tmp_path / "view.html")
+    assert not inspect_prompt(edited("calibrated", 1.0)[0], tokenizer, PROMPT).relative
     assert "A cell holds ‖Δk‖ / ‖k‖ and z" in (tmp_path / "view.html").read_text(encoding="utf-8")

@@ -128,6 +128,7 @@ def _write(sets: list[EditSet], folder: Path, last: int, acknowledge: Any) -> No
 
 
 def _save_often(folder: Path, seed: int) -> None:
+    torch.set_num_threads(1)  # a forked process has none of its parent's OpenMP threads and would wait for them
     for number in range(12):
         store.save(edit_set(1 + (number + seed) % 5), folder)
 
@@ -298,6 +299,11 @@ def test_versions_tell_edit_sets_apart(tmp_path: Path) -> None:
         store.save(replace(value, contexts=("Else.",)), tmp_path / str(number))  # not served
         names.add(version_of(read_manifest(tmp_path / str(number))))
     assert len(names) == 3
+    same = edit_set(1)
+    for relative in (True, False):
+        store.save(replace(same, config=same.config.replace(threshold_relative=relative)), tmp_path / "again")
+        names.add(version_of(read_manifest(tmp_path / "again")))
+    assert len(names) == 4  # what thresholds are compared with is served as well
 
 
 # ------------------------------------------------------------------ the hub

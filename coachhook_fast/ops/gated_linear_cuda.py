@@ -153,16 +153,6 @@ def _has_kernels(x: Tensor, B: Tensor) -> bool:
     return x.numel() > 0 and B.dtype in (torch.float32, torch.bfloat16, torch.float16)
 
 
-def _check(gate: str, threshold: Tensor, x: Tensor) -> None:
-    if gate not in ("calibrated", "sequence"):
-        raise ValueError(f"gate must be 'calibrated' or 'sequence', got {gate!r}")
-    if threshold.dim() > 0 and (gate != "calibrated" or threshold.shape != x.shape[:-1]):
-        raise ValueError(
-            f"threshold must have no dimension, or those of the tokens {list(x.shape[:-1])} under `calibrated`, got "
-            f"{list(threshold.shape)}"
-        )
-
-
 def gated_linear(
     x: Tensor,
     weight: Tensor,
@@ -177,7 +167,7 @@ def gated_linear(
     state: Tensor | None = None,
 ) -> GateOutput:
     """``ops.gated_linear`` by the dispatch table."""
-    _check(gate, threshold, x)
+    reference.check_gate(gate, threshold, x.shape[:-1])
     if not _has_kernels(x, B):
         out = torch.nn.functional.linear(x, weight, bias)
         return reference.gated_delta(out, x, U, B, threshold, gate, mask, cu_seqlens, state)
@@ -226,7 +216,7 @@ def gated_delta(
     state: Tensor | None = None,
 ) -> GateOutput:
     """``ops.gated_delta``: the delta's kernels on a copy of the base's output."""
-    _check(gate, threshold, x)
+    reference.check_gate(gate, threshold, x.shape[:-1])
     if not _has_kernels(x, B):
         return reference.gated_delta(out, x, U, B, threshold, gate, mask, cu_seqlens, state)
     result = out.clone(memory_format=torch.contiguous_format)

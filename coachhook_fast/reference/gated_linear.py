@@ -138,8 +138,6 @@ def decide(
         if mask is not None:
             fire = fire & mask.reshape(norm.shape).to(torch.bool)
         return fire, norm.new_zeros(0, 3)
-    if gate != "sequence":
-        raise ValueError(f"gate must be 'calibrated' or 'sequence', got {gate!r}")
     if cu_seqlens is not None:
         grid = norm.reshape(-1)
     else:
@@ -147,6 +145,17 @@ def decide(
     mask = None if mask is None else mask.reshape(grid.shape)
     fire, _, state = sequence_gate(grid, threshold, mask, cu_seqlens, state)
     return fire.reshape(norm.shape), state
+
+
+def check_gate(gate: str, threshold: Tensor, tokens: torch.Size) -> None:
+    """ValueError unless `gate` is known and takes a threshold of this shape for tokens of that one."""
+    if gate not in ("calibrated", "sequence"):
+        raise ValueError(f"gate must be 'calibrated' or 'sequence', got {gate!r}")
+    if threshold.dim() > 0 and (gate != "calibrated" or threshold.shape != tokens):
+        raise ValueError(
+            f"threshold must have no dimension, or those of the tokens {list(tokens)} under `calibrated`, got "
+            f"{list(threshold.shape)}"
+        )
 
 
 def gated_delta(
@@ -161,6 +170,7 @@ def gated_delta(
     state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # out [..., m], fire [...], state [S, 3]
     """The delta's part of the gated projection on any base's output."""
+    check_gate(gate, threshold, x.shape[:-1])
     with torch.no_grad():
         fire, state = decide(delta_norm(x, B), threshold, gate, mask, cu_seqlens, state)
     return correct(out, x, U, B, fire), fire, state

@@ -161,7 +161,8 @@ def test_a_swap_that_does_not_fit_changes_no_layer(
     import torch
 
     from coachhook_fast import store
-    from coachhook_fast.integrations.vllm import EditedLinearMethod, SwapEdits, write_edits
+    from coachhook_fast.integrations.vllm import EditedLinearMethod, SwapEdits
+    from coachhook_fast.integrations.vllm_buffers import write_edits
     from coachhook_fast.manifest import read_manifest
 
     manifest, edits = read_manifest(WORK / "edits-a"), store.load_weights(WORK / "edits-a")
