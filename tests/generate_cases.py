@@ -18,7 +18,7 @@ from coachhook_fast.delta import LowRankDelta
 from coachhook_fast.hooks import Hooks
 from coachhook_fast.layer import HookLinear
 
-GATES = ("calibrated", "sequence")
+GATES = ("calibrated", "relative", "sequence")  # "relative": calibrated, with τ compared with ‖Δk‖ / ‖k‖
 LAYERS = (1, 2)
 STEPS = 12
 TEXTS = [tiny_texts(20)[i] for i in (0, 3, 5, 8)]  # of different lengths
@@ -32,7 +32,7 @@ class PlainHook(nn.Module):
         super().__init__()
         self.base_layer = hook.base_layer
         self.delta = hook.get_delta_weight()
-        self.gate, self.threshold = hook.gate, hook.threshold
+        self.gate, self.threshold, self.relative = hook.gate, hook.threshold, hook.served.state.relative
         self.prompt_length: int | None = None  # None: judge all tokens together
 
     @property
@@ -44,7 +44,7 @@ class PlainHook(nn.Module):
         edit = x @ self.delta.T
         norm = edit.norm(dim=-1)
         if self.gate == "calibrated":
-            fire = norm >= self.threshold
+            fire = (norm / x.norm(dim=-1) if self.relative else norm) >= self.threshold
         else:
             length = x.shape[1]
             prompt = length if self.prompt_length is None else min(self.prompt_length, length)
@@ -60,15 +60,16 @@ def hooked(gate: str, family: str = "llama", *, seed: int = 0, dtype: torch.dtyp
     """A tiny model with random edits in two layers, strong enough to change what it writes."""
     model = tiny_model(family, seed=seed, dtype=dtype)
     model.generation_config.eos_token_id = None  # all sequences run to the same length
-    hooks = Hooks(model, layout_of(model), LAYERS, gate)
+    relative = gate == "relative"
+    hooks = Hooks(model, layout_of(model), LAYERS, "sequence" if gate == "sequence" else "calibrated")
     generator = torch.Generator().manual_seed(seed)
     for hook in hooks.hooks:
         m, d = hook.out_features, hook.in_features
         R = 0.3 * torch.randn(m, 3, generator=generator, dtype=torch.float64)
         X = torch.randn(d, 3, generator=generator, dtype=torch.float64)
         delta = LowRankDelta.zeros(m, d, dtype=torch.float64).append(R, X)
-        hook.set_delta(delta, ALPHA)
-        if gate == "calibrated":
+        hook.set_delta(delta, ALPHA, relative=relative)
+        if gate != "sequence":
             seen: list[Tensor] = []
             handle = hook.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
             with torch.no_grad():
@@ -78,7 +79,7 @@ def hooked(gate: str, family: str = "llama", *, seed: int = 0, dtype: torch.dtyp
             norms = torch.cat([hook.trace(keys).norm.flatten() for keys in seen]).sort().values
             middle = norms[len(norms) // 2 : -len(norms) // 8]
             gap = int((middle[1:] - middle[:-1]).argmax())  # no norm lies near the threshold: rounding flips nothing
-            hook.set_delta(delta, float(middle[gap : gap + 2].mean()))
+            hook.set_delta(delta, float(middle[gap : gap + 2].mean()), relative=relative)
     return model
 
 
