@@ -38,7 +38,7 @@ from coachhook_fast.progress import track
 
 COLUMNS = (
     "method", "gate", "edits", "batch_size", "reliability", "generality", "locality", "generation",
-    "perplexity_ratio", "seconds_per_edit", "harmonic_mean", "drift",
+    "perplexity_ratio", "seconds_per_edit", "harmonic_mean", "drift", "locality_unedited",
 )  # fmt: skip
 ROME = ("generation_rephrase", "efficacy", "paraphrase", "neighbourhood", "rome_score")
 
@@ -133,7 +133,8 @@ def _evaluate(method: Method, model: Any, tokenizer: Any, plan: Plan, count: int
     if method.ungated:
         model.coachhook.enable()
     row: dict[str, Any] = {"method": method.name, "gate": method.gate, "edits": count, "batch_size": plan.batch_size}
-    names = ("reliability", "generality", "locality", "generation", "perplexity_ratio", "harmonic_mean", "drift", *ROME)
+    names = ("reliability", "generality", "locality", "locality_unedited", "generation", "perplexity_ratio")
+    names += ("harmonic_mean", "drift", *ROME)
     row |= {name: found[name] for name in names}
     row["layers"] = _layer_figures(model)
     row["settings"] = plan.config.replace(**dict(method.settings)).to_dict()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -25,6 +26,7 @@ from coachhook_fast.evaluate import (
 )
 from coachhook_fast.evaluate.drift import DRIFT_PROMPTS
 from coachhook_fast.evaluate.harness import run_tasks
+from coachhook_fast.evaluate.mentions import names_any
 from coachhook_fast.evaluate.result import harmonic_mean
 from coachhook_fast.request import EditRequest, encode_prompt_target
 
@@ -56,6 +58,9 @@ def share(a: list[int], b: list[int]) -> float:
 def test_metrics_equal_their_definitions() -> None:
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
     records = tiny_records(6)
+    # A neighbour that another record edits.
+    prompts = (records[1].request.text, records[0].locality_prompts[1])
+    records[0] = replace(records[0], locality_prompts=prompts)
     untouched = tiny_model("llama")
     install_hooks(model, "calibrated")
     result = evaluate(model, tokenizer, records, batch_tokens=128)
@@ -79,6 +84,10 @@ def test_metrics_equal_their_definitions() -> None:
         open_ids = tuple(tokenizer(record.locality_prompts[1])["input_ids"])
         same_next = plain_greedy(untouched, open_ids, 1) == plain_greedy(model, open_ids, 1)
         assert found.locality == (share(before[1], after[1]) + same_next) / 2
+        kept = [share(before[1], after[1]), float(same_next)]
+        named = [any(one.request.subject in text for one in records) for text in record.locality_prompts]
+        unnamed = [value for value, one in zip(kept, named, strict=True) if not one]
+        assert found.locality_unedited == (sum(unnamed) / len(unnamed) if unnamed else None)
         rival = by_hand(model, tokenizer, prompt, request.target_new)
         assert found.neighbourhood == float(after[2] > rival[2])
 
@@ -88,6 +97,27 @@ def test_metrics_equal_their_definitions() -> None:
             matches.append(plain_greedy(model, tuple(prompt_ids), len(target_ids)) == tuple(target_ids))
         assert found.generation == matches[0]
         assert found.generation_rephrase == sum(matches[1:]) / 2
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("Hank Aaron plays", True),
+        ("What does Hank Aaron play?", True),
+        ("The sport of Hank Aaron", True),
+        ("'Hank Aaron', they say", True),
+        ("Hank Aarons play", False),
+        ("unHank Aaron", False),
+        ("hank aaron plays", False),
+        ("Hank plays", False),
+        ("Hey, Landlord! premieres on", True),
+        ("Über uns", True),
+        ("", False),
+    ],
+)
+def test_which_texts_name_a_subject(text: str, found: bool) -> None:
+    assert names_any(text, {"Hank Aaron", "Hey, Landlord!", "Über"}) is found
+    assert not names_any(text, set())
 
 
 def test_what_the_model_says_anyway_is_perfect() -> None:

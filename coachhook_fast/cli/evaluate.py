@@ -122,6 +122,7 @@ _HEADS = {
     "reliability": "relia-\nbility",
     "generality": "gener-\nality",
     "locality": "local-\nity",
+    "locality_unedited": "unedi-\nted",
     "generation": "gener-\nation",
     "generation_rephrase": "gen. re-\nphrase",
     "efficacy": "effi-\ncacy",

@@ -16,6 +16,7 @@ from coachhook_fast.datasets import EditRecord
 from coachhook_fast.evaluate.base import BaseAnswers, unedited
 from coachhook_fast.evaluate.drift import drift
 from coachhook_fast.evaluate.generation import continue_greedily, fluency
+from coachhook_fast.evaluate.mentions import names_any
 from coachhook_fast.evaluate.perplexity import perplexity
 from coachhook_fast.evaluate.result import Evaluation, RecordResult
 from coachhook_fast.evaluate.scoring import DEFAULT_BATCH_TOKENS, Ids, Pair, Score, score_pairs
@@ -86,7 +87,11 @@ def evaluate(
     results = [
         RecordResult(index, record.request.case_id, record.request.subject) for index, record in enumerate(records)
     ]
-    plans = [_Plan.of(tokenizer, record, answers) for record, answers in zip(records, base.neighbours, strict=True)]
+    subjects = {record.request.subject for record in records}
+    plans = [
+        _Plan.of(tokenizer, record, answers, subjects)
+        for record, answers in zip(records, base.neighbours, strict=True)
+    ]
     if "accuracy" in metrics or "probability" in metrics:
         _score(model, plans, results, metrics, options)
     if "generation" in metrics:
@@ -115,11 +120,12 @@ class _Plan:
     old: list[Pair]  # the old answer after the same, or nothing
     neighbours: list[Pair]  # the neighbours' answers, or the base's next token where there is none
     base: list[Ids]  # what the base predicts there
+    unedited: list[bool]  # whether the neighbour names no edited subject
     # neighbours with an answer of their own: index, and the edit's new answer there
     rivals: list[tuple[int, Pair]]
 
     @classmethod
-    def of(cls, tokenizer: Any, record: EditRecord, base: list[Ids]) -> _Plan:
+    def of(cls, tokenizer: Any, record: EditRecord, base: list[Ids], subjects: set[str]) -> _Plan:
         def pair(prompt: str, target: str) -> Pair:
             prompt_ids, target_ids = encode_prompt_target(tokenizer, prompt, target)
             return Pair(tuple(prompt_ids), tuple(target_ids))
@@ -139,6 +145,7 @@ class _Plan:
             old=[pair(prompt, truth) for prompt in prompts] if truth and truth.strip() else [],
             neighbours=neighbours,
             base=base,
+            unedited=[not names_any(prompt, subjects) for prompt in record.locality_prompts],
             rivals=rivals,
         )
 
@@ -169,6 +176,7 @@ def _score(
             result.generality = _mean(hits[1:])
             kept = [score.agreement(ids) for score, ids in zip(near, plan.base, strict=True)]
             result.locality = _mean(kept)
+            result.locality_unedited = _mean([share for share, one in zip(kept, plan.unedited, strict=True) if one])
         if by_probability:
             if plan.old:
                 wins = [_prefers(a, scores[pair]) for a, pair in zip(new, plan.old, strict=True)]

@@ -21,6 +21,7 @@ class RecordResult:
         reliability: token accuracy of the new answer after the edit prompt.
         generality: the same after the paraphrases, mean over them.
         locality: agreement with the base model at the neighbours' answers, mean over them.
+        locality_unedited: the same over the neighbours that name no subject of the evaluated records.
         generation: 1 where the greedy continuation of the edit prompt is exactly the new answer, token by
             token.
         generation_rephrase: the same after the paraphrases, mean over them.
@@ -39,6 +40,7 @@ class RecordResult:
     reliability: Number = None
     generality: Number = None
     locality: Number = None
+    locality_unedited: Number = None
     generation: Number = None
     generation_rephrase: Number = None
     efficacy: Number = None
@@ -51,7 +53,7 @@ class RecordResult:
 
 # The averaged fields in their order of appearance.
 AVERAGED = (
-    "reliability", "generality", "locality", "generation", "generation_rephrase",
+    "reliability", "generality", "locality", "locality_unedited", "generation", "generation_rephrase",
     "efficacy", "paraphrase", "neighbourhood", "fluency", "drift",
 )  # fmt: skip
 
