@@ -89,8 +89,7 @@ def evaluate(
     ]
     subjects = {record.request.subject for record in records}
     plans = [
-        _Plan.of(tokenizer, record, answers, subjects)
-        for record, answers in zip(records, base.neighbours, strict=True)
+        _Plan.of(tokenizer, record, answers, subjects) for record, answers in zip(records, base.neighbours, strict=True)
     ]
     if "accuracy" in metrics or "probability" in metrics:
         _score(model, plans, results, metrics, options)
