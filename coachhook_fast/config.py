@@ -97,7 +97,8 @@ class EditConfig:
         context_tokens: tokens generated after each beginning.
         subject_templates: further contexts, texts with one slot `{}` for the subject in the place of the prompt; () is
             the paper's way (docs/notes/generality.md).
-        max_batch_tokens: most tokens in one forward pass of the editor; bounds its memory.
+        max_batch_tokens: most tokens in one pass of the editor; bounds its memory. None: 8 192; for target values on a
+            GPU, as many as its free memory is seen to hold.
         layer_module_tmp, rewrite_module_tmp: module templates for architectures this package does not know.
 
     Raises:
@@ -132,7 +133,7 @@ class EditConfig:
     context_seeds: tuple[str, ...] = ("The",)
     context_tokens: int = 10
     subject_templates: tuple[str, ...] = ("{} is associated with", "A text about {} mentions")
-    max_batch_tokens: int = 8192
+    max_batch_tokens: int | None = None
     layer_module_tmp: str | None = None
     rewrite_module_tmp: str | None = None
 
@@ -152,8 +153,9 @@ class EditConfig:
             _check_number(name, getattr(self, name), above=0.0)
         for name in ("v_weight_decay", "v_loss_threshold", "kl_factor", "continuation_factor"):
             _check_number(name, getattr(self, name), least=0.0)
-        for name in ("v_num_grad_steps", "max_batch_tokens"):
-            _check_number(name, getattr(self, name), least=1, integer=True)
+        _check_number("v_num_grad_steps", self.v_num_grad_steps, least=1, integer=True)
+        if self.max_batch_tokens is not None:
+            _check_number("max_batch_tokens", self.max_batch_tokens, least=1, integer=True)
         if self.layer_turns is not None:
             _check_number("layer_turns", self.layer_turns, least=1, integer=True)
             if self.layer_turns > 1 and self.gate != "calibrated":

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from coachhook_fast import store, thresholds
 from coachhook_fast.architectures import down_projection_size, layout_of
+from coachhook_fast.budget import START_TOKENS, TokenBudget
 from coachhook_fast.config import EditConfig, default_layers
 from coachhook_fast.contexts import write_contexts
 from coachhook_fast.corpus import Corpus, begin_tokens
@@ -96,6 +97,7 @@ class Editor:
         except BaseException:
             self._handle.unload()
             raise
+        self._budget = TokenBudget(config.max_batch_tokens, self.partial.device)
         self.statistics: KeyStatistics | None = None
         self.memories: list[KeyMemory] = []
 
@@ -130,6 +132,10 @@ class Editor:
     def dtype(self) -> torch.dtype:
         """Dtype of the edits: fp32, or fp64 for fp64 models."""
         return torch.promote_types(next(self.model.parameters()).dtype, torch.float32)
+
+    @property
+    def _max_tokens(self) -> int:
+        return self.config.max_batch_tokens or START_TOKENS
 
     @property
     def _pad_id(self) -> int:
@@ -212,7 +218,7 @@ class Editor:
             frozen(self.model),
             track("editing", len(tokens), "edit", progress) as bar,
         ):
-            pad_id, limit = self._pad_id, self.config.max_batch_tokens
+            pad_id, limit = self._pad_id, self._max_tokens
             turns = turns_of(self.edit_set, tokens)
             self._handle.disable()
             tokens = away_from_sinks(
@@ -228,7 +234,7 @@ class Editor:
                     found = optimise(
                         self.partial, turn.last, tokens, v0, self.config, pad_id=pad_id,
                         whole_rows=self.config.gate == "sequence", bar=bar, only=turn.requests, known=cache.found,
-                        keep=cache.keep,
+                        keep=cache.keep, budget=self._budget,
                     )  # fmt: skip
                     tell("values", turn.last, V=torch.stack([target.value for target in found], dim=1))
                     targets |= zip(turn.requests, found, strict=True)
@@ -257,7 +263,7 @@ class Editor:
 
     def _bare_outputs(self, batch: Sequence[TokenisedRequest], turns: Sequence[Turn]) -> Tensor:
         """[m, n], output of the last block of each request's turn at its lookup, with the hooks as they are."""
-        limits = {"pad_id": self._pad_id, "max_tokens": self.config.max_batch_tokens}
+        limits = {"pad_id": self._pad_id, "max_tokens": self._max_tokens}
         parts = [bare_outputs(self.partial, t.last, [batch[index] for index in t.requests], **limits) for t in turns]
         return in_batch_order(parts, turns)
 

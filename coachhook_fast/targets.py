@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from coachhook_fast.budget import TokenBudget
 from coachhook_fast.config import EditConfig
 from coachhook_fast.distributed import workers
 from coachhook_fast.forward import PartialModel
@@ -68,6 +69,7 @@ def optimise(
     only: Sequence[int] | None = None,
     known: Mapping[int, Target] | None = None,
     keep: Callable[[dict[int, Target]], None] | None = None,
+    budget: TokenBudget | None = None,
 ) -> list[Target]:
     """Target values of `batch`, or of its requests `only`, in their order.
 
@@ -79,6 +81,7 @@ def optimise(
         only: positions in the batch; with a request, all others about its subject.
         known: targets found before an interruption, by position in the batch; they are not sought again.
         keep: given the targets of each group as soon as they are found.
+        budget: most tokens a group; it learns from every group. None: a fresh one of `max_batch_tokens`.
 
     Under torch.distributed the groups are shared out over the ranks, where each has a whole model, and every rank
     returns all targets.
@@ -92,16 +95,24 @@ def optimise(
     clusters = [members for members in by_subject(batch) if any(i in only and i not in results for i in members)]
     mine: dict[int, Target] = {}
     rank, world = workers(partial.model)
-    waiting = _groups(clusters, batch, config.max_batch_tokens, whole_rows)[rank::world]
+    budget = budget or TokenBudget(config.max_batch_tokens, partial.device)
+    waiting = _groups(clusters, batch, budget.tokens, whole_rows)[rank::world]
+    together = is_tensor_parallel(partial.model)  # all ranks are in one group, whatever the memory of one shows
     while waiting:
+        if not together:  # what is left, by what the groups so far have shown
+            waiting = _groups([cluster for group in waiting for cluster in group], batch, budget.tokens, whole_rows)
         group = waiting.pop(0)
         members = [index for cluster in group for index in cluster]
+        tokens = _padded_tokens(members, batch)
         try:
-            rows = TargetRows.build(partial, last, [batch[index] for index in members], config, pad_id, whole_rows)
-            found = _Problem(partial, last, rows, v0[:, members].T, [len(cluster) for cluster in group], config).solve()
+            with budget.measured(tokens):
+                rows = TargetRows.build(partial, last, [batch[index] for index in members], config, pad_id, whole_rows)
+                sizes = [len(cluster) for cluster in group]
+                found = _Problem(partial, last, rows, v0[:, members].T, sizes, config).solve()
         except torch.OutOfMemoryError:
-            if len(group) == 1 or is_tensor_parallel(partial.model):  # the other ranks are in the whole group
+            if len(group) == 1 or together:
                 raise
+            budget.too_many(tokens)
             waiting[:0] = [group[: len(group) // 2], group[len(group) // 2 :]]
             continue
         named = {members[position]: target for position, target in enumerate(found)}
@@ -215,23 +226,18 @@ def _groups(
 ) -> list[list[list[int]]]:
     """Clusters of like length together, at most `max_tokens` padded tokens a group (one cluster at least), those that
     need a row for their KL term apart from those that do not."""
-    before = {index: max(row.lookup for row in tokens.rows) for index, tokens in enumerate(batch)}
-    after = {i: max(len(row.prompt) + len(row.target) - row.lookup for row in t.rows) for i, t in enumerate(batch)}
+    after = {i: _from_lookup(tokens) for i, tokens in enumerate(batch)}
     extra = {index: needs_kl_row(tokens, whole_rows) for index, tokens in enumerate(batch)}
 
     def kind(cluster: list[int]) -> tuple[bool, int]:
         return any(extra[i] for i in cluster), max(after[i] for i in cluster)
 
-    def size(group: Sequence[list[int]]) -> int:
-        members = [index for cluster in group for index in cluster]
-        columns = max(before[i] for i in members) + max(after[i] for i in members)
-        return sum(len(batch[i].rows) + 1 for i in members) * columns
-
     def fits(group: Sequence[list[int]], cluster: list[int]) -> bool:
         (extra_row, shortest), (own_extra_row, length) = kind(group[0]), kind(cluster)
         step_tokens = sum(len(batch[i].rows) for members in group for i in members) * shortest
         lengthens = step_tokens >= _ENOUGH_TOKENS and length > _LENGTHENING * shortest
-        return extra_row == own_extra_row and not lengthens and size([*group, cluster]) <= max_tokens
+        members = [i for one in (*group, cluster) for i in one]
+        return extra_row == own_extra_row and not lengthens and _padded_tokens(members, batch) <= max_tokens
 
     groups: list[list[list[int]]] = []
     for cluster in sorted(clusters, key=kind):
@@ -240,6 +246,16 @@ def _groups(
         else:
             groups.append([cluster])
     return groups
+
+
+def _padded_tokens(members: Sequence[int], batch: Sequence[TokenisedRequest]) -> int:
+    """Tokens of the members' rows in one pass, their KL rows among them."""
+    before = max(row.lookup for i in members for row in batch[i].rows)
+    return sum(len(batch[i].rows) + 1 for i in members) * (before + max(_from_lookup(batch[i]) for i in members))
+
+
+def _from_lookup(tokens: TokenisedRequest) -> int:
+    return max(len(row.prompt) + len(row.target) - row.lookup for row in tokens.rows)
 
 
 def _from_all_ranks(mine: dict[int, Target], world: int) -> list[dict[int, Target]]:

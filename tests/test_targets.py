@@ -10,6 +10,7 @@ from tiny import tiny_facts, tiny_model, tiny_tokenizer
 
 from coachhook_fast import EditConfig, EditRequest
 from coachhook_fast.architectures import layout_of
+from coachhook_fast.budget import START_TOKENS, TokenBudget
 from coachhook_fast.forward import PartialModel, frozen
 from coachhook_fast.keys import bare_outputs
 from coachhook_fast.request import TokenisedRequest
@@ -118,10 +119,78 @@ def test_a_group_that_does_not_fit_is_halved(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(TargetRows, "build", classmethod(build))
     for target, expected in zip(solve(requests_of(5)), wanted, strict=True):
         torch.testing.assert_close(target.value, expected.value, rtol=1e-9, atol=1e-9)
-    assert sizes == [3, 1, 2, 2]  # three whose bare prompt serves the KL term, two that need a row for it
+    # Three whose bare prompt serves the KL term, two that need a row for it; what did not fit is not tried again.
+    assert sizes == [3, 1, 1, 1, 1, 1]
     monkeypatch.setattr(TargetRows, "build", classmethod(_no_room))
     with pytest.raises(torch.OutOfMemoryError):
         solve(requests_of(2))
+
+
+def test_groups_follow_the_memory_that_they_are_seen_to_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With room for all, what is left after the first group is one; a budget that a user set stays."""
+    wanted = solve(requests_of(6), max_batch_tokens=1)
+    memory = Memory(monkeypatch, bytes_a_token=100, free=1_000_000)
+    real, sizes = TargetRows.build.__func__, []  # type: ignore[attr-defined]
+
+    def build(cls: Any, partial: Any, last: int, batch: Any, *rest: Any) -> Any:
+        sizes.append(len(batch))
+        memory.take(sum(len(tokens.rows) for tokens in batch))
+        return real(cls, partial, last, batch, *rest)
+
+    monkeypatch.setattr(TargetRows, "build", classmethod(build))
+    budget = TokenBudget(None, torch.device("cuda"))
+    budget.tokens = 1  # as if the start were small
+    for target, expected in zip(solve(requests_of(6), budget=budget), wanted, strict=True):
+        torch.testing.assert_close(target.value, expected.value, rtol=1e-9, atol=1e-9)
+    assert sizes[0] == 1
+    assert len(sizes) <= 3  # one group a kind of request
+    sizes.clear()
+    solve(requests_of(6), budget=TokenBudget(1, torch.device("cuda")))
+    assert sizes == [1] * 6
+
+
+class Memory:
+    """A GPU's allocator as `TokenBudget` asks for it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, bytes_a_token: int, free: int) -> None:
+        self.bytes_a_token, self.free, self.peak = bytes_a_token, free, 0
+        answers = {
+            "memory_allocated": lambda device: 0, "memory_reserved": lambda device: 0,
+            "max_memory_allocated": lambda device: self.peak, "mem_get_info": lambda device: (self.free, 2 * self.free),
+            "reset_peak_memory_stats": lambda device: self.take(0),
+        }  # fmt: skip
+        for name, answer in answers.items():
+            monkeypatch.setattr(torch.cuda, name, answer)
+
+    def take(self, tokens: int) -> None:
+        self.peak = tokens * self.bytes_a_token
+
+
+def test_a_budget_learns(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = Memory(monkeypatch, bytes_a_token=100, free=1_000_000)
+    budget = TokenBudget(None, torch.device("cuda"))
+    assert budget.tokens == START_TOKENS
+
+    def run(tokens: int, taken: int) -> int:
+        with budget.measured(tokens):
+            memory.take(taken)
+        return budget.tokens
+
+    assert run(50, 50) == 7_000  # .7 of what is free
+    assert run(10, 20) == 3_500  # 200 bytes a token
+    assert run(10, 1) == 3_500  # the most that any has taken counts
+    memory.free = 4_000_000
+    assert run(10, 1) == 14_000
+    budget.too_many(9_000)
+    assert budget.tokens == 4_500
+    assert run(10, 1) == 4_500
+    for limit, device in ((300, "cuda"), (None, "cpu")):
+        fixed = TokenBudget(limit, torch.device(device))
+        with fixed.measured(10):
+            memory.take(1)
+        assert fixed.tokens == (limit or START_TOKENS)
+        fixed.too_many(100)
+        assert fixed.tokens == 50
 
 
 def _no_room(*_: Any) -> Any:
