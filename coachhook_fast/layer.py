@@ -23,7 +23,7 @@ from coachhook_fast.base_layer import features, load_as_base, plain_weight, save
 from coachhook_fast.delta import LowRankDelta
 from coachhook_fast.gate import carried_gate
 from coachhook_fast.ops import gated_linear as ops
-from coachhook_fast.reference.gated_linear import accumulator_dtype, relative_limit, sequence_rows
+from coachhook_fast.reference.gated_linear import accumulator_dtype, decide, sequence_rows
 from coachhook_fast.sketch import make_sketch
 from coachhook_fast.states import HookState, RowStates, Served
 from coachhook_fast.tensor_parallel import column_shard
@@ -219,7 +219,7 @@ class HookLinear(nn.Module):
             context.store(self.index, states)
             return self._parts.correct(self.base_layer(x), x, state.U, state.B, fire)
         sequence = self._arguments(context, x)
-        edits = (state.U, state.B, self._limit(x, state), state.sketch, self.gate, *sequence)
+        edits = (state.U, state.B, state.threshold, state.sketch, self._rule(state), *sequence)
         weight = plain_weight(self.base_layer)
         if weight is not None and weight.dtype == state.B.dtype:
             out, _, after = ops.gated_linear(x, weight, self.base_layer.bias, *edits)  # type: ignore[arg-type]
@@ -233,8 +233,7 @@ class HookLinear(nn.Module):
         """The base once for all of ``x`` ``[S, T, d]``; then each edit set corrects its own rows."""
         out = self.base_layer(x)
         for state, own in rows.groups_in(x):
-            limit = self._limit(x[own], state)
-            edits = (state.U, state.B, limit, state.sketch, self.gate, None, None, None)
+            edits = (state.U, state.B, state.threshold, state.sketch, self._rule(state), None, None, None)
             corrected, _, _ = self._parts.gated_delta(out[own], x[own], *edits)
             out = out.index_copy(0, own, corrected)
         return out
@@ -244,11 +243,9 @@ class HookLinear(nn.Module):
         """delta_norm, key_length, correct and gated_delta, on whole keys or on this rank's columns."""
         return self._shard or ops
 
-    def _limit(self, x: Tensor, state: HookState) -> Tensor:
-        """What ``||Delta k||`` is compared with: ``[]``, or one a token where the state is relative."""
-        if not state.relative:
-            return state.threshold
-        return relative_limit(self._parts.key_length(x), state.threshold)
+    def _rule(self, state: HookState) -> str:
+        """The operators' name of the gate."""
+        return "relative" if state.relative else self.gate
 
     def _always(self, x: Tensor, state: HookState) -> Tensor:
         """Delta for every token: the temporary hook."""
@@ -286,9 +283,11 @@ class HookLinear(nn.Module):
 
     def _trace_calibrated(self, x: Tensor, state: HookState) -> GateTrace:
         norm = self._parts.delta_norm(x.to(state.B.dtype), state.B)
-        fire = (norm >= self._limit(x, state)) & (not state.is_empty)
-        if state.relative:
-            norm = norm / self._parts.key_length(x).clamp(min=torch.finfo(norm.dtype).tiny)
+        length = self._parts.key_length(x) if state.relative else None
+        fire, _ = decide(norm, state.threshold, self._rule(state), length=length)
+        fire = fire & (not state.is_empty)
+        if length is not None:
+            norm = norm / length.clamp(min=torch.finfo(norm.dtype).tiny)
         mean, std = state.moments or (math.nan, math.nan)
         return GateTrace(norm, (norm - mean) / std, fire, state.relative)
 

@@ -90,13 +90,24 @@ class ColumnShard:
             return reference.add(out, c, U, fire)
 
     def gated_delta(
-        self, out: Tensor, x: Tensor, U: Tensor | None, B: Tensor, threshold: Tensor, _: Any, *gate: Any
+        self,
+        out: Tensor,
+        x: Tensor,
+        U: Tensor | None,
+        B: Tensor,
+        threshold: Tensor,
+        _: Any,
+        gate: str,
+        mask: Any,
+        cu_seqlens: Any,
+        state: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """``ops.gated_delta``; a sketch would need an all-reduce of its own and is not used."""
         c = self.coordinates(x, B)
         with torch.no_grad():
             norm = torch.linalg.vector_norm(c, dim=-1)
-            fire, state = reference.decide(norm, threshold, *gate)
+            length = self.key_length(x) if gate == "relative" else None
+            fire, state = reference.decide(norm, threshold, gate, mask, cu_seqlens, state, length)
         with torch.autocast(x.device.type, enabled=False):
             return reference.add(out, c, U, fire), fire, state
 

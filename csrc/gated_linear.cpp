@@ -28,50 +28,53 @@ struct NoAutocast {
   c10::impl::ExcludeDispatchKeyGuard guard{c10::autocast_dispatch_keyset};
 };
 
-// tau of each token: one for all, or one a token.
+// What ||Delta k|| is compared with, for the tokens of one block: tau, or tau ||k||. A key of zeros gets the
+// smallest positive number and does not fire.
 template <typename T>
-struct Limits {
-  explicit Limits(const at::Tensor& threshold)
-      : values(threshold.to(c10::CppTypeToScalarType<T>::value).contiguous()),
-        data(values.const_data_ptr<T>()),
-        step(threshold.dim() == 0 ? 0 : 1) {}
-  T operator[](int64_t token) const { return data[token * step]; }
-
-  at::Tensor values;
-  const T* data;
-  int64_t step;
-};
+void limits_of(const at::Tensor& rows, T tau, bool relative, T* limits) {
+  if (!relative) {
+    std::fill_n(limits, rows.size(0), tau);
+    return;
+  }
+  row_norms<T>(rows, limits);
+  for (int64_t t = 0; t < rows.size(0); ++t)
+    limits[t] = std::max(tau * limits[t], std::numeric_limits<T>::min());
+}
 
 // The sketch's verdict on every token first: what it leaves undecided is then measured together, so that B is
 // read once for all of it. Decisions and corrections come block by block, from the c just computed.
 template <typename T>
 void calibrated(const at::Tensor& out, const at::Tensor& x, const OptionalTensor& U, const at::Tensor& B,
-                const at::Tensor& threshold, const OptionalTensor& sketch, const bool* valid, bool* fire) {
-  const Limits<T> tau(threshold);
+                T tau, bool relative, const OptionalTensor& sketch, const bool* valid, bool* fire) {
   const at::ScalarType wide = accumulator(B.scalar_type());
   const int64_t total = x.size(0);
-  std::vector<T> norms(kTokenBlock);
+  std::vector<T> norms(kTokenBlock), limits(kTokenBlock);
   std::vector<int64_t> candidates, block, fired, tokens;
   for (int64_t start = 0; start < total; start += kTokenBlock) {
     const int64_t count = std::min(kTokenBlock, total - start);
-    if (sketch) row_norms<T>(project(x.narrow(0, start, count).to(wide), *sketch), norms.data());
+    if (sketch) {
+      const at::Tensor rows = x.narrow(0, start, count).to(wide);
+      row_norms<T>(project(rows, *sketch), norms.data());
+      limits_of(rows, tau, relative, limits.data());
+    }
     for (int64_t t = 0; t < count; ++t) {
       fire[start + t] = false;
       // "not under" rather than "at least": a NaN goes on to the exact norm, like in the one-stage gate.
-      if ((!valid || valid[start + t]) && !(sketch && norms[t] < tau[start + t]))
-        candidates.push_back(start + t);
+      if ((!valid || valid[start + t]) && !(sketch && norms[t] < limits[t])) candidates.push_back(start + t);
     }
   }
   for (auto at = candidates.begin(); at != candidates.end();) {
     const auto end = at + std::min<int64_t>(kTokenBlock, candidates.end() - at);
     block.assign(at, end);
     at = end;
-    const at::Tensor c = project(gather(x, block).to(wide), B);
+    const at::Tensor rows = gather(x, block).to(wide);
+    const at::Tensor c = project(rows, B);
     row_norms<T>(c, norms.data());
+    limits_of(rows, tau, relative, limits.data());
     fired.clear();
     tokens.clear();
     for (int64_t i = 0; i < c.size(0); ++i) {
-      if (!(norms[i] >= tau[block[i]])) continue;
+      if (!(norms[i] >= limits[i])) continue;
       fire[block[i]] = true;
       fired.push_back(i);
       tokens.push_back(block[i]);
@@ -154,26 +157,26 @@ std::tuple<at::Tensor, at::Tensor> run(at::Tensor& out, const at::Tensor& x, con
   const int64_t m = U ? U->size(0) : B.size(0);
   TORCH_CHECK(out.dim() == x.dim() && out.size(-1) == m, "out must be [..., ", m, "], got ", out.sizes());
   const auto tokens_shape = x.sizes().slice(0, x.dim() - 1);
-  TORCH_CHECK(threshold.dim() == 0 || (gate == "calibrated" && threshold.sizes() == tokens_shape),
-              "threshold must have no dimension, or those of the tokens ", tokens_shape,
-              " under `calibrated`, got ", threshold.sizes());
+  TORCH_CHECK_VALUE(threshold.dim() == 0, "threshold must have no dimension, got ", threshold.sizes());
   const at::Tensor x2 = rows_of(x), out2 = out.view({-1, m});
   const at::ScalarType wide = accumulator(B.scalar_type());
   at::Tensor fire = at::empty(tokens_shape, x.options().dtype(at::kBool));
   TORCH_CHECK(!mask || mask->numel() == fire.numel(), "mask must cover ", fire.numel(), " tokens, got ",
               mask->sizes());
-  if (gate == "calibrated") {
+  const bool relative = gate == "relative";
+  if (relative || gate == "calibrated") {
     const at::Tensor valid = mask ? mask->to(at::kBool).contiguous() : at::Tensor();
     const bool* pv = mask ? valid.const_data_ptr<bool>() : nullptr;
     bool* pf = fire.mutable_data_ptr<bool>();
     if (wide == at::kDouble) {
-      calibrated<double>(out2, x2, U, B, threshold, sketch, pv, pf);
+      calibrated(out2, x2, U, B, threshold.item<double>(), relative, sketch, pv, pf);
     } else {
-      calibrated<float>(out2, x2, U, B, threshold, sketch, pv, pf);
+      calibrated(out2, x2, U, B, threshold.item<float>(), relative, sketch, pv, pf);
     }
     return {fire, at::empty({0, 3}, x.options().dtype(wide))};
   }
-  TORCH_CHECK(gate == "sequence", "gate must be 'calibrated' or 'sequence', got '", gate, "'");
+  TORCH_CHECK_VALUE(gate == "sequence", "gate must be 'calibrated', 'relative' or 'sequence', got '", gate,
+                    "'");
   at::Tensor norm = delta_norm(x2, B);
   OptionalTensor valid = mask;
   if (cu_seqlens) {

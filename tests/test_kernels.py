@@ -97,21 +97,20 @@ def test_two_stages_decide_as_one(way: str, dense: bool, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sketched", [False, True])
-def test_a_limit_for_every_token(way: str, dtype: torch.dtype, sketched: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_relative(way: str, dtype: torch.dtype, sketched: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "TWO_STAGE_DECODE_TOKENS", 64)
     x, weight, bias, U, B = problem(19, 40, 130, 33, dtype)
     x[1::3] *= 8
-    length = reference.key_length(x)
-    limit = reference.relative_limit(length, between(reference.delta_norm(x, B) / length))
-    check(way, x, (weight, bias, U, B), limit, make_sketch(B, 1e-9, rows=24) if sketched else None)
-    assert 0 < int(reference.gated_linear(x, weight, bias, U, B, limit)[1].sum()) < 19
+    tau = between(reference.delta_norm(x, B) / reference.key_length(x))
+    check(way, x, (weight, bias, U, B), tau, make_sketch(B, 1e-9, rows=24) if sketched else None, gate="relative")
+    assert 0 < int(reference.gated_linear(x, weight, bias, U, B, tau, "relative")[1].sum()) < 19
 
 
-def test_limits_must_fit_the_tokens() -> None:
+def test_a_threshold_is_one_number() -> None:
     x, weight, bias, U, B = problem(4, 37, 70, 9, torch.float32)
-    for shape, gate in (((3,), "calibrated"), ((1,), "calibrated"), ((4,), "sequence")):
+    for gate in reference.GATES:
         with pytest.raises(ValueError, match="threshold must have no dimension"):
-            cuda.gated_linear(x, weight, bias, U, B, torch.ones(shape, device=DEVICE), None, gate)
+            cuda.gated_linear(x, weight, bias, U, B, torch.ones(1, device=DEVICE), None, gate)
 
 
 def test_sequence_padded_and_packed(way: str) -> None:

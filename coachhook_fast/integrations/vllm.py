@@ -302,8 +302,8 @@ class EditedLinearMethod(LinearMethodBase):
         out = self.base.apply(layer, x, bias)
         B, U, threshold = layer.coachhook_B, layer.coachhook_U, layer.coachhook_threshold
         if layer.tp_size == 1:
-            limit = relative_limit(ops.key_length(x), threshold) if self.relative else threshold
-            return ops.gated_delta(out, x, U, B, limit, layer.coachhook_sketch)[0]
+            gate = "relative" if self.relative else "calibrated"
+            return ops.gated_delta(out, x, U, B, threshold, layer.coachhook_sketch, gate)[0]
         c = x.float() @ B.float().T
         if not self.relative:
             fire = torch.linalg.vector_norm(tensor_model_parallel_all_reduce(c), dim=-1) >= threshold

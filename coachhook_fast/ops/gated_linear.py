@@ -58,13 +58,13 @@ def gated_delta(
     x: Tensor,  # [..., d]
     U: Tensor | None,  # [m, r], None: B is Delta
     B: Tensor,  # [r, d]
-    threshold: Tensor,  # []: tau or alpha; tau may be [...], one a token
-    sketch: Tensor | None = None,  # [s, d]: ||sketch k|| < tau decides against firing; calibrated only
+    threshold: Tensor,  # []: tau or alpha
+    sketch: Tensor | None = None,  # [s, d]: ||sketch k|| < tau decides against firing; not under sequence
     gate: str = "calibrated",
     mask: Tensor | None = None,  # [S, q] bool
     cu_seqlens: Tensor | None = None,  # [S + 1]
     state: Tensor | None = None,  # [S, 3]
-) -> GateOutput:  # out [..., m], fire [...], state [S, 3] ([0, 3] under calibrated)
+) -> GateOutput:  # out [..., m], fire [...], state [S, 3] ([0, 3] but under sequence)
     """Gate and correction of a base's output; ``out`` itself is not changed."""
     return torch.ops.coachhook.gated_delta(out, x, U, B, threshold, sketch, gate, mask, cu_seqlens, state)
 
@@ -75,13 +75,13 @@ def gated_linear(
     bias: Tensor | None,  # [m]
     U: Tensor | None,  # [m, r], None: B is Delta
     B: Tensor,  # [r, d]
-    threshold: Tensor,  # [], or [...] under calibrated
+    threshold: Tensor,  # []
     sketch: Tensor | None = None,  # [s, d]
     gate: str = "calibrated",
     mask: Tensor | None = None,  # [S, q] bool
     cu_seqlens: Tensor | None = None,  # [S + 1]
     state: Tensor | None = None,  # [S, 3]
-) -> GateOutput:  # out [..., m], fire [...], state [S, 3] ([0, 3] under calibrated)
+) -> GateOutput:  # out [..., m], fire [...], state [S, 3] ([0, 3] but under sequence)
     """Base projection, gate and correction in one op."""
     return torch.ops.coachhook.gated_linear(x, weight, bias, U, B, threshold, sketch, gate, mask, cu_seqlens, state)
 
@@ -149,7 +149,7 @@ def _fake_delta(
     cu_seqlens: Tensor | None = None,
     state: Tensor | None = None,
 ) -> GateOutput:
-    if gate == "calibrated":
+    if gate != "sequence":
         segments = 0
     elif cu_seqlens is not None:
         segments = cu_seqlens.shape[0] - 1

@@ -47,9 +47,11 @@ def _flat(mask: Tensor | None) -> Tensor | None:
     return None if mask is None else mask.to(torch.bool).reshape(-1).contiguous()
 
 
-def _limits(threshold: Tensor) -> Tensor:
-    """``[]``, or ``[tokens]`` fp32."""
-    return threshold if threshold.dim() == 0 else threshold.to(torch.float32).reshape(-1).contiguous()
+def _limits(x: Tensor, threshold: Tensor, gate: str) -> Tensor:
+    """``[]``, or ``[tokens]`` fp32 under `relative`."""
+    if gate != "relative":
+        return threshold
+    return reference.relative_limit(reference.key_length(x), threshold.to(torch.float32)).reshape(-1)
 
 
 def _correct_calibrated(
@@ -130,8 +132,8 @@ def _delta(
     from coachhook_fast.kernels import delta_norm as project_kernels
 
     rows = _rows(x, B.dtype)
-    threshold = _limits(threshold)
-    sketch = sketch if gate == "calibrated" else None
+    threshold = _limits(x, threshold, gate)
+    sketch = None if gate == "sequence" else sketch
     base, c, sums = project_kernels.project(
         rows,
         B if sketch is None else sketch,
@@ -141,7 +143,7 @@ def _delta(
     )
     out = base if out is None else out
     assert out is not None
-    if gate == "calibrated":
+    if gate != "sequence":
         fire = _correct_calibrated(out, rows, U, B, threshold, _flat(mask), sketch is not None, c, sums)
         after = torch.empty(0, 3, dtype=accumulator_dtype(B.dtype), device=x.device)
     else:
@@ -167,13 +169,13 @@ def gated_linear(
     state: Tensor | None = None,
 ) -> GateOutput:
     """``ops.gated_linear`` by the dispatch table."""
-    reference.check_gate(gate, threshold, x.shape[:-1])
+    reference.check_gate(gate, threshold)
     if not _has_kernels(x, B):
         out = torch.nn.functional.linear(x, weight, bias)
         return reference.gated_delta(out, x, U, B, threshold, gate, mask, cu_seqlens, state)
     tokens = x.shape[:-1].numel()
     chosen = way(tokens)
-    one_each = gate == "calibrated" or (cu_seqlens is None and sequence_rows(x.shape[:-1], mask, state) == tokens)
+    one_each = gate != "sequence" or (cu_seqlens is None and sequence_rows(x.shape[:-1], mask, state) == tokens)
     if chosen == "decode" and not one_each:
         chosen = "fused"
     shape = (*x.shape[:-1], weight.shape[0])
@@ -188,8 +190,8 @@ def gated_linear(
                 bias,
                 U,
                 B.contiguous(),
-                _limits(threshold),
-                sketch if gate == "calibrated" and tokens <= TWO_STAGE_DECODE_TOKENS else None,
+                _limits(x, threshold, gate),
+                sketch if gate != "sequence" and tokens <= TWO_STAGE_DECODE_TOKENS else None,
                 sequence=gate == "sequence",
                 mask=_flat(mask),
                 state=None if state is None else state.to(torch.float32).contiguous(),
@@ -216,7 +218,7 @@ def gated_delta(
     state: Tensor | None = None,
 ) -> GateOutput:
     """``ops.gated_delta``: the delta's kernels on a copy of the base's output."""
-    reference.check_gate(gate, threshold, x.shape[:-1])
+    reference.check_gate(gate, threshold)
     if not _has_kernels(x, B):
         return reference.gated_delta(out, x, U, B, threshold, gate, mask, cu_seqlens, state)
     result = out.clone(memory_format=torch.contiguous_format)

@@ -1,7 +1,8 @@
 """The gated projection in plain torch (METHOD.md section 3), with the traps of the published code closed.
 
     P = W0 k + b,   c = B k,   M = ||c||_2  (= ||Delta k||, U orthonormal),   O = P + U c
-    calibrated:  fire = M >= tau            (tau may be each token's own: `relative_limit`)
+    calibrated:  fire = M >= tau
+    relative:    fire = M >= tau ||k||      (`calibrated` with a threshold of its own for every token)
     sequence:    z = (M - mean M) / std M over the valid tokens of the sequence so far;   fire = z >= alpha
     out = O where fire, else P
 
@@ -14,6 +15,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+GATES = ("calibrated", "relative", "sequence")
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -40,8 +43,8 @@ def relative_limit(
     length: Tensor,  # [...]: ||k||
     tau: Tensor,  # []
 ) -> Tensor:  # [...], dtype of tau
-    """``tau ||k||`` of every token, for gates that compare ``||Delta k|| / ||k||`` with tau. A key of zeros gets the
-    smallest positive number: it does not fire."""
+    """``tau ||k||`` of every token: what `relative` compares ``||Delta k||`` with. A key of zeros gets the smallest
+    positive number: it does not fire."""
     return (tau * length.to(tau.dtype)).clamp(min=torch.finfo(tau.dtype).tiny)
 
 
@@ -126,15 +129,17 @@ def sequence_rows(shape: torch.Size, mask: Tensor | None, state: Tensor | None) 
 
 def decide(
     norm: Tensor,  # [...]
-    threshold: Tensor,  # []: tau or alpha; tau may be [...], one a token
-    gate: str,  # "calibrated" | "sequence"
+    threshold: Tensor,  # []: tau or alpha
+    gate: str,  # one of GATES
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     state: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fire [...], state [S, 3] ([0, 3] under calibrated)
+    length: Tensor | None = None,  # [...]: ||k||, with relative
+) -> tuple[Tensor, Tensor]:  # fire [...], state [S, 3] ([0, 3] but under sequence)
     """The decision for every token; tokens off the mask do not fire."""
-    if gate == "calibrated":
-        fire = norm >= threshold.to(norm.dtype)
+    if gate != "sequence":
+        limit = threshold if length is None else relative_limit(length, threshold)
+        fire = norm >= limit.to(norm.dtype)
         if mask is not None:
             fire = fire & mask.reshape(norm.shape).to(torch.bool)
         return fire, norm.new_zeros(0, 3)
@@ -147,15 +152,12 @@ def decide(
     return fire.reshape(norm.shape), state
 
 
-def check_gate(gate: str, threshold: Tensor, tokens: torch.Size) -> None:
-    """ValueError unless `gate` is known and takes a threshold of this shape for tokens of that one."""
-    if gate not in ("calibrated", "sequence"):
-        raise ValueError(f"gate must be 'calibrated' or 'sequence', got {gate!r}")
-    if threshold.dim() > 0 and (gate != "calibrated" or threshold.shape != tokens):
-        raise ValueError(
-            f"threshold must have no dimension, or those of the tokens {list(tokens)} under `calibrated`, got "
-            f"{list(threshold.shape)}"
-        )
+def check_gate(gate: str, threshold: Tensor) -> None:
+    """ValueError unless `gate` is one of GATES and the threshold a scalar tensor."""
+    if gate not in GATES:
+        raise ValueError(f"gate must be one of {GATES}, got {gate!r}")
+    if threshold.dim() > 0:
+        raise ValueError(f"threshold must have no dimension, got {list(threshold.shape)}")
 
 
 def gated_delta(
@@ -170,9 +172,10 @@ def gated_delta(
     state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # out [..., m], fire [...], state [S, 3]
     """The delta's part of the gated projection on any base's output."""
-    check_gate(gate, threshold, x.shape[:-1])
+    check_gate(gate, threshold)
     with torch.no_grad():
-        fire, state = decide(delta_norm(x, B), threshold, gate, mask, cu_seqlens, state)
+        length = key_length(x) if gate == "relative" else None
+        fire, state = decide(delta_norm(x, B), threshold, gate, mask, cu_seqlens, state, length)
     return correct(out, x, U, B, fire), fire, state
 
 
