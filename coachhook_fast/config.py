@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from coachhook_fast.budget import START_TOKENS
 from coachhook_fast.gate import GATES, THRESHOLD_RULES
 
 # Keys of EasyEdit's YAML files that say something this package finds out itself or has no use for.
@@ -239,6 +240,11 @@ class EditConfig:
             **{name: step if given[name] is None else given[name] for name, step in steps.items()},
             mom2_update_weight=self.mom2_update_weight or default_update_weight(key_dim),
         )
+
+    @property
+    def pass_tokens(self) -> int:
+        """Most tokens in a pass that is not differentiated."""
+        return self.max_batch_tokens or START_TOKENS
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from coachhook_fast import store, thresholds
 from coachhook_fast.architectures import down_projection_size, layout_of
-from coachhook_fast.budget import START_TOKENS, TokenBudget
+from coachhook_fast.budget import TokenBudget
 from coachhook_fast.config import EditConfig, default_layers
 from coachhook_fast.contexts import write_contexts
 from coachhook_fast.corpus import Corpus, begin_tokens
@@ -134,10 +134,6 @@ class Editor:
         return torch.promote_types(next(self.model.parameters()).dtype, torch.float32)
 
     @property
-    def _max_tokens(self) -> int:
-        return self.config.max_batch_tokens or START_TOKENS
-
-    @property
     def _pad_id(self) -> int:
         for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
             if token is not None:
@@ -218,7 +214,7 @@ class Editor:
             frozen(self.model),
             track("editing", len(tokens), "edit", progress) as bar,
         ):
-            pad_id, limit = self._pad_id, self._max_tokens
+            pad_id, limit = self._pad_id, self.config.pass_tokens
             turns = turns_of(self.edit_set, tokens)
             self._handle.disable()
             tokens = away_from_sinks(
@@ -263,7 +259,7 @@ class Editor:
 
     def _bare_outputs(self, batch: Sequence[TokenisedRequest], turns: Sequence[Turn]) -> Tensor:
         """[m, n], output of the last block of each request's turn at its lookup, with the hooks as they are."""
-        limits = {"pad_id": self._pad_id, "max_tokens": self._max_tokens}
+        limits = {"pad_id": self._pad_id, "max_tokens": self.config.pass_tokens}
         parts = [bare_outputs(self.partial, t.last, [batch[index] for index in t.requests], **limits) for t in turns]
         return in_batch_order(parts, turns)
 

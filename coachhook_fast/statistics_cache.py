@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from coachhook_fast.budget import START_TOKENS
 from coachhook_fast.config import EditConfig
 from coachhook_fast.corpus import (
     Corpus,
@@ -95,7 +94,7 @@ def model_statistics(
         model_id=model_id,
         begin=begin,
         sequence_length=length,
-        batch_tokens=config.max_batch_tokens or START_TOKENS,
+        batch_tokens=config.pass_tokens,
         sample_size=config.threshold_keys,
         total_tokens=round(budget / (1.0 - share)),
         tolerance=config.mom2_tolerance,

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coachhook_fast.budget import START_TOKENS
 from coachhook_fast.delta import LowRankDelta
 from coachhook_fast.edit_set import EditSet, LayerUpdate
 from coachhook_fast.forward import PartialModel
@@ -77,7 +76,7 @@ def update_layers(
         tell: observer, see `Editor.edit`.
     """
     config, count = edits.config, len(edits.layers)
-    limits: dict[str, Any] = {"pad_id": pad_id, "max_tokens": config.max_batch_tokens or START_TOKENS}
+    limits: dict[str, Any] = {"pad_id": pad_id, "max_tokens": config.pass_tokens}
     whole = config.gate == "sequence"
     collector = KeyCollector.of_requests(partial, edits.layers, batch, whole_prompts=whole, **limits)
     assert config.others_weight is not None  # resolved when the set was made

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from coachhook_fast.architectures import down_projection_size, layout_of
-from coachhook_fast.budget import START_TOKENS
 from coachhook_fast.config import EditConfig, default_layers
 from coachhook_fast.contexts import write_contexts
 from coachhook_fast.forward import PartialModel, frozen
@@ -68,7 +67,6 @@ class Baseline(ABC):
         self.partial = PartialModel(model, layout)
         self.layers = config.layers or default_layers(len(self.partial.blocks))
         self.config = config.replace(layers=tuple(self.layers))
-        self.max_tokens = config.max_batch_tokens or START_TOKENS
         down = layout.down_projection(model, self.layers[0])
         with frozen(model):
             self.contexts = write_contexts(model, tokenizer, config)
@@ -110,14 +108,14 @@ class Baseline(ABC):
         """V [m, n], found in the model as it stands."""
         options: dict[str, Any] = {"pad_id": self.pad_id}
         last = self.layers[-1]
-        v0 = bare_outputs(self.partial, last, tokens, max_tokens=self.max_tokens, **options)
+        v0 = bare_outputs(self.partial, last, tokens, max_tokens=self.config.pass_tokens, **options)
         found = optimise(self.partial, last, tokens, v0, self.config, whole_rows=self.whole_rows, **options)
         return torch.stack([target.value for target in found], dim=1)
 
     def collector(self, tokens: Sequence[TokenisedRequest]) -> KeyCollector:
         return KeyCollector.of_requests(
             self.partial, self.layers, tokens,
-            pad_id=self.pad_id, max_tokens=self.max_tokens, whole_prompts=self.whole_rows,
+            pad_id=self.pad_id, max_tokens=self.config.pass_tokens, whole_prompts=self.whole_rows,
         )  # fmt: skip
 
     @property

@@ -49,8 +49,16 @@ def keys(tokens: int, d: int, dtype: torch.dtype) -> Tensor:
     return (torch.randn(tokens, d) * size).to(dtype)
 
 
-def arrange(hook: HookLinear, delta: LowRankDelta, x: Tensor, share: float) -> None:
-    """Set tau at mean + 4 std of ordinary norms, and scale ``x`` so that `share` of the tokens passes it."""
+def arrange(hook: HookLinear, delta: LowRankDelta, x: Tensor, share: float, relative: bool = False) -> None:
+    """Set tau at mean + 4 std of ordinary norms, and scale ``x`` so that `share` of the tokens passes it.
+
+    relative: tau of ``||Delta k|| / ||k||`` instead, which no length changes; nothing passes it then.
+    """
+    if relative:
+        if share:
+            raise ValueError(f"share must be 0 where tau is relative, got {share}")
+        hook.set_delta(delta, 2 * float((delta.norms(x) / x.norm(dim=1)).max()), relative=True)
+        return
     mean = float(delta.norms(keys(512, x.shape[1], torch.float32)).mean())
     tau = mean * (1 + 4 * (torch.exp(torch.tensor(SPREAD**2)) - 1).sqrt().item())
     hook.set_delta(delta, tau)
@@ -80,6 +88,8 @@ def checked(hook: HookLinear, x: Tensor, share: float) -> bool:
     """The hook's answer against base and delta in fp64, tokens that must not change bit for bit."""
     out, plain, delta = hook(x), hook.base_layer(x), hook.delta
     norm = delta.norms(x.double())
+    if hook.served.state.relative:
+        norm = norm / x.double().norm(dim=1)
     fire = norm >= hook.threshold
     expected = plain.double() + torch.where(fire[:, None], x.double() @ delta.dense().double().T, 0.0)
     error = (out.double() - expected).abs().max() / expected.abs().max()
@@ -88,7 +98,13 @@ def checked(hook: HookLinear, x: Tensor, share: float) -> bool:
 
 
 def timing_rows(
-    shape: str, rank: int | str, tokens: int, dtype: torch.dtype, share: float = SHARE, device: str = "cpu"
+    shape: str,
+    rank: int | str,
+    tokens: int,
+    dtype: torch.dtype,
+    share: float = SHARE,
+    device: str = "cpu",
+    relative: bool = False,
 ) -> Iterator[common.Row]:
     """Ours against the plain projection, and against the published hook."""
     torch.manual_seed(0)
@@ -97,7 +113,7 @@ def timing_rows(
     delta = random_delta(m, d, rank, dtype).to(device=device)
     x = keys(tokens, d, torch.float32).to(device)
     hook = HookLinear(base)
-    arrange(hook, delta, x, share)
+    arrange(hook, delta, x, share, relative)
     x = x.to(dtype)
     published = common.baseline("published_hook").PublishedHook(base.weight, base.bias, delta.dense(), 2.2)
     with torch.inference_mode():
@@ -106,7 +122,7 @@ def timing_rows(
     floor = floor_cost(m, d, delta, share)
     for name, theirs in (("plain projection", plain), ("published hook", twin)):
         yield common.row(
-            f"gated projection, rank {rank}, {tokens} tokens, {share:.0%} gated",
+            f"gated projection{', relative' * relative}, rank {rank}, {tokens} tokens, {share:.0%} gated",
             name,
             ours,
             theirs,
@@ -292,8 +308,11 @@ def run(
         for rank in ranks:
             for length in lengths:
                 rows += timing_rows(shape, rank, length, dtype, device=device)
-        for length, share in ((128, 0.0), (128, 0.1), (1, 1.0)):
+        for length, share in ((128, 0.1), (1, 1.0)):
             rows += timing_rows(shape, 100, length, dtype, share, device)
+        for length in (1, 8, 128):  # what the default of batches in turn compares, beside the rule of the other rows
+            for relative in (False, True):
+                rows += timing_rows(shape, 100, length, dtype, 0.0, device, relative)
         rows += memory_rows(shape, dtype, device)
     if not on_gpu:
         for length in (1, 8):

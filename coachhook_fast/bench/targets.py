@@ -12,7 +12,6 @@ import torch
 
 from coachhook_fast.bench.rows import Row, baseline, once, row
 from coachhook_fast.bench.workload import corpus, gemm_rate, requests
-from coachhook_fast.budget import START_TOKENS
 from coachhook_fast.config import PAPER, EditConfig
 from coachhook_fast.editor import Editor
 from coachhook_fast.forward import frozen
@@ -37,7 +36,7 @@ def _values(editor: Editor, batch: list[TokenisedRequest], sample: int, shape: s
     partial, config, last = editor.partial, editor.config, editor.layers[-1]
     plain, before = baseline("one_at_a_time"), gemm_rate()
     with frozen(editor.model):
-        v0 = bare_outputs(partial, last, batch, pad_id=0, max_tokens=START_TOKENS)
+        v0 = bare_outputs(partial, last, batch, pad_id=0, max_tokens=config.pass_tokens)
         found: list[Target] = []
         ours = once(lambda: found.extend(optimise(partial, last, batch, v0, config, pad_id=0, whole_rows=False)))
         expected: list[Any] = []

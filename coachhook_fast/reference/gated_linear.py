@@ -138,8 +138,10 @@ def decide(
 ) -> tuple[Tensor, Tensor]:  # fire [...], state [S, 3] ([0, 3] but under sequence)
     """The decision for every token; tokens off the mask do not fire."""
     if gate != "sequence":
-        limit = threshold if length is None else relative_limit(length, threshold)
-        fire = norm >= limit.to(norm.dtype)
+        if gate == "relative":
+            assert length is not None
+            threshold = relative_limit(length, threshold)
+        fire = norm >= threshold.to(norm.dtype)
         if mask is not None:
             fire = fire & mask.reshape(norm.shape).to(torch.bool)
         return fire, norm.new_zeros(0, 3)
