@@ -96,6 +96,18 @@ def test_a_key_of_zeros_never_fires() -> None:
     assert ops.gated_linear(x, weight, bias, U, B, threshold, None, "relative")[1].tolist() == [True, False, True]
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("sketched", [False, True])
+def test_a_relative_gate_leaves_tokens_without_numbers_alone(value: float, sketched: bool) -> None:
+    x, weight, bias, U, B = problem((3,), torch.float32, r=33)
+    x[1, 5] = value
+    sketch = make_sketch(B, 1e-9, rows=24) if sketched else None
+    for tau, fires in ((1e-9, True), (float("inf"), False)):
+        out, fire, _ = ops.gated_linear(x, weight, bias, U, B, torch.tensor(tau), sketch, "relative")
+        assert fire.tolist() == [fires, False, fires]
+        assert bool(out[::2].isfinite().all())
+
+
 def test_a_threshold_is_one_number() -> None:
     x, weight, bias, U, B = problem((4,), torch.float32)
     for gate in reference.GATES:
