@@ -34,11 +34,18 @@ PAPER: dict[str, Any] = {
     "namesakes": 0,
     "openings": 0.0,
     "threshold_relative": False,
+    "threshold_whitened": False,
 }
 
 
 # The steps of batches that take turns, where PAPER has those of one that edits all layers.
-_IN_TURN: dict[str, Any] = {"others_weight": 0.03, "namesakes": 8, "openings": 0.2, "threshold_relative": True}
+_IN_TURN: dict[str, Any] = {
+    "others_weight": 0.03,
+    "namesakes": 8,
+    "openings": 0.2,
+    "threshold_relative": True,
+    "threshold_whitened": True,
+}
 
 # Settings that are None in a config until the model is known.
 TURNING = ("layer_turns", *_IN_TURN)
@@ -90,6 +97,9 @@ class EditConfig:
         threshold_relative: τ is compared with ||Δk|| / ||k|| and not with ||Δk||: tokens that an earlier layer has
             edited have long keys and would answer to later layers too (docs/notes/relative.md).
             `calibrated` only. None: where `layer_turns` is above 1; the paper's is False.
+        threshold_whitened: ||Δk|| is measured against how ordinary text spreads along each of Δ's directions
+            (whitening.py, docs/notes/whitening.md). `calibrated` only. None: where `layer_turns` is above 1; the
+            paper's is False.
         threshold_own: for "own_keys", where τ lies between ordinary text (0) and the edits' own keys (1).
         threshold_z: standard deviations above the mean for "zscore"; "own_keys" takes at most three times as many.
         threshold_fpr: share of ordinary tokens that may pass for "fpr", and at most for "own_keys".
@@ -127,7 +137,8 @@ class EditConfig:
     alpha: float = 2.2
     threshold_rule: str = "own_keys"
     threshold_relative: bool | None = None
-    threshold_own: float = 0.85
+    threshold_whitened: bool | None = None
+    threshold_own: float = 0.75
     threshold_z: float = 8.0
     threshold_fpr: float = 3e-3
     threshold_keys: int = 4096
@@ -165,10 +176,11 @@ class EditConfig:
                 raise ValueError(
                     f"layer_turns must be at most the number of layers {self.layers}, got {self.layer_turns}"
                 )
-        if not isinstance(self.threshold_relative, (bool, type(None))):
-            raise TypeError(f"threshold_relative must be true, false or null, got {self.threshold_relative!r}")
-        if self.threshold_relative and self.gate != "calibrated":
-            raise ValueError(f"threshold_relative must be false where the gate is {self.gate!r}, got true")
+        for name in ("threshold_relative", "threshold_whitened"):
+            if not isinstance(getattr(self, name), (bool, type(None))):
+                raise TypeError(f"{name} must be true, false or null, got {getattr(self, name)!r}")
+            if getattr(self, name) and self.gate != "calibrated":
+                raise ValueError(f"{name} must be false where the gate is {self.gate!r}, got true")
         if self.others_weight is not None:
             _check_number("others_weight", self.others_weight, above=0.0)
             if self.others_weight > 1:

@@ -7,6 +7,9 @@ columns in ``U``, ``||Delta k|| = ||B k||``, so the gate never needs the ``[m, d
 
 Where ``r (m + d) >= m d`` the factors would be larger than ``Delta`` itself, and ``Delta`` is kept dense.
 
+A delta may carry a metric ``W`` (`whitening.py`): the gate then measures ``||W B k||``, and what is served is
+``(U W^-1) (W B)``, the same ``Delta``.
+
 A delta never changes: every operation returns a new one, so a failed batch cannot leave half a state behind.
 """
 
@@ -25,15 +28,19 @@ _ROUNDING_UNITS = 128.0
 class LowRankDelta:
     """``Delta = U B``: ``U`` ``[m, r]`` orthonormal, ``B`` ``[r, d]``; dense: ``U`` None, ``B`` ``[m, d]``.
 
+    ``W`` ``[r, r]`` (dense: ``[m, m]``), None for the identity: orthogonal rows. ``append``, ``remove`` and
+    ``truncate`` give deltas without one, for theirs is another.
+
     fp64 or fp32 is meant for editing; a serving copy may have any floating dtype (``to``).
     """
 
-    __slots__ = ("B", "U")
+    __slots__ = ("B", "U", "W", "_served")
 
     U: Tensor | None
     B: Tensor
+    W: Tensor | None
 
-    def __init__(self, U: Tensor | None, B: Tensor) -> None:
+    def __init__(self, U: Tensor | None, B: Tensor, W: Tensor | None = None) -> None:
         """Wrap factors whose ``U`` is orthonormal already; ValueError on shapes or dtypes that cannot fit."""
         if B.dim() != 2 or not B.is_floating_point():
             raise ValueError(f"B must be a floating [r, d] matrix, got {B.dtype} {tuple(B.shape)}")
@@ -44,8 +51,15 @@ class LowRankDelta:
                 raise ValueError(
                     f"U and B must share dtype and device, got {U.dtype} on {U.device} and {B.dtype} on {B.device}"
                 )
+        if W is not None and (W.shape != (B.shape[0], B.shape[0]) or W.dtype != B.dtype or W.device != B.device):
+            raise ValueError(
+                f"W must be [{B.shape[0]}, {B.shape[0]}] of B's {B.dtype} on {B.device}, got {W.dtype} "
+                f"{tuple(W.shape)} on {W.device}"
+            )
         self.U = U
         self.B = B
+        self.W = W
+        self._served: LowRankDelta | None = self if W is None else None
 
     @classmethod
     def zeros(
@@ -84,7 +98,7 @@ class LowRankDelta:
     @property
     def nbytes(self) -> int:
         """Bytes held by the factors (or by the dense matrix)."""
-        return self.B.nbytes + (0 if self.U is None else self.U.nbytes)
+        return sum(tensor.nbytes for tensor in self.state_dict().values())
 
     @property
     def dtype(self) -> torch.dtype:
@@ -113,7 +127,7 @@ class LowRankDelta:
         scale = torch.linalg.vector_norm(R, dim=0)
         kept = scale > 0
         if not bool(kept.any()):
-            return self
+            return LowRankDelta(self.U, self.B)
         R, X = R[:, kept] / scale[kept], X[:, kept] * scale[kept]
         A, Q, S = _split(self.U, R)
         B = torch.cat([torch.addmm(self.B, A, X.T), S @ X.T])
@@ -153,7 +167,7 @@ class LowRankDelta:
             assert tolerance is not None
             rank = int((sigma + noise > tolerance).sum())
         if rank >= sigma.numel():
-            return self, 0.0
+            return LowRankDelta(self.U, self.B), 0.0
         bound = float(sigma[rank]) + noise
         U = torch.eye(self.out_features, dtype=self.dtype, device=self.device) if self.U is None else self.U
         return _rotated(U, self.B, P, rank), bound
@@ -165,11 +179,14 @@ class LowRankDelta:
         return self.B.clone() if self.U is None else self.U @ self.B
 
     def norms(self, keys: Tensor) -> Tensor:
-        """``||Delta k||_2`` for keys ``[..., d]``, at least in fp32: ``[...]``."""
+        """What the gate measures for keys ``[..., d]``, at least in fp32: ``[...]``, ``||W B k||_2`` (``||Delta k||_2``
+        without a metric)."""
         if keys.dim() < 1 or keys.shape[-1] != self.in_features:
             raise ValueError(f"keys must be [..., {self.in_features}], got {tuple(keys.shape)}")
         dtype = torch.promote_types(torch.promote_types(keys.dtype, self.dtype), torch.float32)
         projected = keys.to(device=self.device, dtype=dtype) @ self.B.to(dtype).T
+        if self.W is not None:
+            projected = projected @ self.W.to(dtype).T
         return torch.linalg.vector_norm(projected, dim=-1)
 
     def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> LowRankDelta:
@@ -177,18 +194,36 @@ class LowRankDelta:
         B = self.B.to(dtype=dtype or self.dtype, device=device or self.device)
         if B is self.B:
             return self
-        return LowRankDelta(None if self.U is None else self.U.to(dtype=B.dtype, device=B.device), B)
+        return LowRankDelta(None if self.U is None else self.U.to(B), B, None if self.W is None else self.W.to(B))
+
+    def with_metric(self, W: Tensor) -> LowRankDelta:
+        """The same ``Delta``, measured by ``W``, whose rows are orthogonal and not zero; ValueError on another shape,
+        dtype or device."""
+        return LowRankDelta(self.U, self.B, W)
+
+    def served(self) -> LowRankDelta:
+        """Factors ``(U W^-1, W B)`` for a gate that measures ``||B k||``; ``U`` is not orthonormal then.
+
+        Rows scaled one by one: each direction of ``Delta`` keeps its own rounding, in half precision too.
+        """
+        if self._served is None:
+            assert self.W is not None
+            inverse = self.W.T / self.W.square().sum(dim=1)  # the rows are orthogonal
+            self._served = LowRankDelta(inverse if self.U is None else self.U @ inverse, self.W @ self.B)
+        return self._served
 
     def state_dict(self) -> dict[str, Tensor]:
-        """``{"U", "B"}``, or ``{"B"}`` for the dense form; what ``from_state_dict`` reads."""
-        return {"B": self.B} if self.U is None else {"U": self.U, "B": self.B}
+        """``{"U", "B"}``, or ``{"B"}`` for the dense form, and ``"W"`` where there is a metric; what
+        ``from_state_dict`` reads."""
+        factors = {"U": self.U, "B": self.B, "W": self.W}
+        return {name: tensor for name, tensor in factors.items() if tensor is not None}
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Tensor]) -> LowRankDelta:
         """The delta that ``state_dict`` wrote; ValueError on missing or unknown keys."""
-        if set(state) not in ({"B"}, {"U", "B"}):
-            raise ValueError(f"state must have the keys B, or U and B, got {sorted(state)}")
-        return cls(state.get("U"), state["B"])
+        if not {"B"} <= set(state) <= {"U", "B", "W"}:
+            raise ValueError(f"state must have the key B, and may have U and W, got {sorted(state)}")
+        return cls(state.get("U"), state["B"], state.get("W"))
 
     def _checked(self, R: Tensor, X: Tensor) -> tuple[Tensor, Tensor]:
         m, d = self.out_features, self.in_features

@@ -17,6 +17,7 @@ from coachhook_fast.config import EditConfig
 from coachhook_fast.delta import LowRankDelta
 from coachhook_fast.gate import Threshold
 from coachhook_fast.request import EditRequest
+from coachhook_fast.whitening import whitened
 
 
 @dataclass(frozen=True)
@@ -27,12 +28,14 @@ class LayerUpdate:
         keys: K [d, n]; residuals: R [m, n]; directions: X [d, n]. R and X have no columns where it was not the layer's
             turn: it only learned the keys.
         alpha: the batch's own bound on α (`sequence`): min over requests of max over tokens of z; inf otherwise.
+        spread: E[k kᵀ] X [d, n], what ordinary text makes of the directions; under `threshold_whitened` only.
     """
 
     keys: Tensor
     residuals: Tensor
     directions: Tensor
     alpha: float = float("inf")
+    spread: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -152,6 +155,18 @@ class EditSet:
         raise ValueError(f"batch_id {batch_id!r} is not in the ledger, which holds {known}")
 
 
+def with_metric(delta: LowRankDelta, updates: Sequence[LayerUpdate]) -> LowRankDelta:
+    """`delta` measured as `threshold_whitened` wants it; ValueError where an update knows no `spread`.
+
+    Args:
+        updates: all that `delta` is the sum of.
+    """
+    spreads = [update.spread for update in updates if update.spread is not None]
+    if len(spreads) < len(updates):
+        raise ValueError("threshold_whitened is true, but the edit set holds batches that were made without")
+    return whitened(delta, torch.cat([update.residuals for update in updates], dim=1), torch.cat(spreads, dim=1))
+
+
 def without(edit_set: EditSet, batch_id: str, calibrate: Callable[[int, LowRankDelta, Tensor], Threshold]) -> EditSet:
     """The edit set as if the batch had never been made: Δ replayed from the other batches' updates.
 
@@ -171,6 +186,8 @@ def without(edit_set: EditSet, batch_id: str, calibrate: Callable[[int, LowRankD
         replayed = LowRankDelta.zeros(delta.out_features, delta.in_features, dtype=delta.dtype, device=delta.device)
         for batch in rest:
             replayed = replayed.append(batch.layers[position].residuals, batch.layers[position].directions)
+        if edit_set.config.threshold_whitened and rest:
+            replayed = with_metric(replayed, [batch.layers[position] for batch in rest])
         deltas.append(replayed)
         if edit_set.config.gate == "sequence":
             alphas = [batch.layers[position].alpha for batch in rest]

@@ -208,6 +208,7 @@ class Editor:
         tokens = tokenise_batch(requests, self.tokenizer, self.edit_set.contexts, context_length(self.model))
         if not self.memories:
             self.collect_statistics(progress=progress)
+        assert self.statistics is not None
         tell = observer or (lambda *_, **__: None)
         with (
             self._all_or_nothing(),
@@ -238,7 +239,7 @@ class Editor:
             updated = update_layers(
                 self.partial, self._handle, self.memories, self.edit_set, tokens, turns,
                 torch.stack([target.value for target in ordered], dim=1), self._threshold,
-                namesakes=self._namesakes(tokens), pad_id=pad_id, tell=tell,
+                moments=self.statistics.moments, namesakes=self._namesakes(tokens), pad_id=pad_id, tell=tell,
             )  # fmt: skip
             if self.config.gate == "sequence":
                 updated = lower_alphas(self.partial, self._handle, updated, tokens)

@@ -179,6 +179,7 @@ class HookLinear(nn.Module):
             raise ValueError(f"threshold must be a number, got {threshold}")
         if relative and self.gate != "calibrated":
             raise ValueError(f"relative must be False where the gate is {self.gate!r}, got {relative}")
+        delta = delta.served()
         dtype, device = serving_placement(self.base_layer, delta.dtype)
         if self._shard is not None:
             delta = LowRankDelta(delta.U, self._shard.own(delta.B).contiguous())

@@ -2,8 +2,8 @@
 
     edits/
       edit_set.json                 format version, base model, config, contexts, ledger, name and sha256 of each file
-      weights-<hash>.safetensors    U, B, threshold of every layer: all that serving needs
-      batch-<id>.safetensors        K, R, X of a batch: what going on and rolling back need
+      weights-<hash>.safetensors    U, B, W of every layer: all that serving needs
+      batch-<id>.safetensors        K, R, X, E[kkᵀ]X of a batch: what going on and rolling back need
 
 Tensor files are written and synced first, under names of their own; renaming `edit_set.json` over its predecessor is
 the commit. A kill at any moment leaves the last committed version whole; files that no version names are swept later.
@@ -46,6 +46,7 @@ from coachhook_fast.models import fingerprint
 
 LOCK = ".lock"
 _UPDATE = ("keys", "residuals", "directions")  # tensors of a layer's update
+_SPREAD = "spread"  # a fourth, under threshold_whitened
 _OURS = re.compile(r"(weights|batch)-[0-9a-f]{16}(\.safetensors|\.\d+\.tmp)|edit_set\.json\.\d+\.tmp")
 
 
@@ -104,14 +105,14 @@ def _edit_set_of(folder: Path, manifest: Mapping[str, Any]) -> EditSet:
 
 
 def load_weights(folder: Path) -> list[tuple[LowRankDelta, float]]:
-    """The serving part alone: (delta, threshold) of each edited layer; see `load`."""
+    """The serving part alone: (delta as served, threshold) of each edited layer; see `load`."""
     return _read_whole(folder, _weights_of)
 
 
 def _weights_of(folder: Path, manifest: Mapping[str, Any]) -> list[tuple[LowRankDelta, float]]:
     deltas = _read_deltas(folder, manifest)
     thresholds = thresholds_of(manifest["thresholds"], len(deltas))
-    return [(delta, threshold.value) for delta, threshold in zip(deltas, thresholds, strict=True)]
+    return [(delta.served(), threshold.value) for delta, threshold in zip(deltas, thresholds, strict=True)]
 
 
 def _read_whole(folder: Path, read: Callable[[Path, Mapping[str, Any]], Any]) -> Any:
@@ -143,6 +144,7 @@ def check_continues(edit_set: EditSet, model_id: str, config: EditConfig) -> Non
         "layer_turns",
         "others_weight",
         "threshold_relative",
+        "threshold_whitened",
         "mom2_update_weight",
         "gate",
         "context_seeds",
@@ -245,7 +247,10 @@ def _serve(hooks: Hooks, name: str, edit_set: EditSet) -> None:
 
 def _write_batch(folder: Path, batch: Batch) -> dict[str, str]:
     tensors = {
-        f"{position}.{name}": getattr(update, name) for position, update in enumerate(batch.layers) for name in _UPDATE
+        f"{position}.{name}": getattr(update, name)
+        for position, update in enumerate(batch.layers)
+        for name in (*_UPDATE, _SPREAD)
+        if getattr(update, name) is not None
     }
     return _write_tensors(folder, "batch", tensors)
 
@@ -266,6 +271,7 @@ def _read_batch(folder: Path, line: Mapping[str, Any], layers: int) -> Batch:
                 residuals=tensors[f"{position}.residuals"],
                 directions=tensors[f"{position}.directions"],
                 alpha=alpha_of(alpha),
+                spread=tensors.get(f"{position}.{_SPREAD}"),
             )
             for position, alpha in enumerate(line["alphas"])
         ),
@@ -277,7 +283,7 @@ def _read_deltas(folder: Path, manifest: Mapping[str, Any]) -> tuple[LowRankDelt
     tensors = _read_tensors(folder, manifest["weights"], {f"{position}.B" for position in layers})
     return tuple(
         LowRankDelta.from_state_dict(
-            {name: tensors[f"{position}.{name}"] for name in ("U", "B") if f"{position}.{name}" in tensors}
+            {name: tensors[f"{position}.{name}"] for name in ("U", "B", "W") if f"{position}.{name}" in tensors}
         )
         for position in layers
     )

@@ -5,7 +5,7 @@ METHOD.md section 2. Nothing here is committed: the caller holds the old edit se
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from coachhook_fast.delta import LowRankDelta
-from coachhook_fast.edit_set import EditSet, LayerUpdate
+from coachhook_fast.edit_set import EditSet, LayerUpdate, with_metric
 from coachhook_fast.forward import PartialModel
 from coachhook_fast.gate import Threshold
 from coachhook_fast.hooks import Hooks
@@ -61,6 +61,7 @@ def update_layers(
     values: Tensor,
     threshold: Callable[[int, LowRankDelta, Tensor], Threshold],
     *,
+    moments: Mapping[int, Tensor],
     namesakes: Sequence[TokenRow],
     pad_id: int,
     tell: Observer,
@@ -72,6 +73,7 @@ def update_layers(
             `LayerUpdate.keys`, behind those of their own requests), and change nothing for it.
         values: V [m, n], each for the output of the last layer of its request's turn.
         namesakes: texts that the edits should pass by (see namesakes.py).
+        moments: E[k kᵀ] [d, d] of each edited layer.
         threshold: (position, new delta, keys [d, N] of all edits) -> the layer's threshold with it.
         tell: observer, see `Editor.edit`.
     """
@@ -106,7 +108,8 @@ def update_layers(
         old = edits.deltas[position]
         if not own:
             nothing = old.B.new_zeros(old.out_features, 0), old.B.new_zeros(old.in_features, 0)
-            updates.append(LayerUpdate(K, nothing[0], nothing[1]))
+            update = LayerUpdate(K, nothing[0], nothing[1])
+            updates.append(replace(update, spread=nothing[1]) if config.threshold_whitened else update)
             continue
         assert readings.outputs is not None
         R = (values - readings.outputs.to(values)) / sum(p >= position for p in turn.positions)
@@ -118,6 +121,10 @@ def update_layers(
         tell("update", layer, K=K, R=R, X=X, s=s, N=N)
         update = LayerUpdate(K, R.to(old.dtype), X.to(old.dtype))
         delta = old.append(update.residuals, update.directions)
+        if config.threshold_whitened:
+            moment = moments[layer]
+            update = replace(update, spread=(moment @ X.to(moment)).to(update.directions))
+            delta = with_metric(delta, [*(batch.layers[position] for batch in edits.batches), update])
         mine = torch.cat([edits.own_keys(position).to(K), mine], dim=1) if edits.batches else mine
         edits = edits.with_layer(position, delta, threshold(position, delta, mine))
         hooks.publish(edits)

@@ -144,7 +144,7 @@ def test_statistics_keep_the_text(tmp_path: Path) -> None:
 def test_what_the_defaults_are(settings: dict, blocks: int, width: int, expected: tuple) -> None:
     config = EditConfig(**settings).resolved(blocks, width)
     assert (config.layers, config.layer_turns, config.namesakes) == expected
-    assert config.threshold_relative == (expected[1] > 1)
+    assert config.threshold_relative == config.threshold_whitened == (expected[1] > 1)
     assert config.openings == (0.2 if expected[1] > 1 else 0.0)
     assert config.resolved(blocks, width) == config
 
@@ -164,7 +164,7 @@ def test_sets_of_earlier_versions_go_on_as_they_were(tmp_path: Path) -> None:
     (tmp_path / MANIFEST).write_text(json.dumps(manifest))
     editor.unload()
     again = Editor(editor.model, TOKENIZER, edits=tmp_path)
-    assert [getattr(again.config, name) for name in TURNING] == [1, 1.0, 0, 0.0, False]
+    assert [getattr(again.config, name) for name in TURNING] == [1, 1.0, 0, 0.0, False, False]
 
 
 @pytest.mark.parametrize("settings", [{"namesakes": -1}, {"namesakes": 1.5}, {"namesake_tokens": -1}])
