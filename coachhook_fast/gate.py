@@ -1,7 +1,8 @@
 """The two gates: threshold rules, and what the `sequence` gate knows of the tokens at hand.
 
-`calibrated`: a token takes the edit where ||Δk|| >= τ, or ||Δk|| / ||k|| >= τ where τ is relative. τ comes from that
-measure over a stored sample of ordinary text's keys, so it needs no sequence, no state and no neighbouring tokens.
+`calibrated`: a token takes the edit where ||Δk|| >= τ, or ||Δk|| / ||k|| >= τ where τ is relative; the norm may be one
+that ordinary text's spread gives (whitening.py). τ comes from that measure over a stored sample of ordinary text's
+keys, so it needs no sequence, no state and no neighbouring tokens.
 
 `sequence` (the paper's): z = (||Δk|| - mean) / std over the valid tokens of the token's own sequence, unbiased std; a
 token takes the edit where z >= α. Its statistics live in a `SequenceContext`.

@@ -82,9 +82,8 @@ def main(folder: Path) -> None:
         expected[version] = [certain_tokens(model, ids) for ids in prompts]
     changed = sum(a != base for a, base in zip(expected["a"][:8], expected["base"][:8], strict=True))
     assert changed >= 6, f"only {changed} of 8 edits changed what the model writes"
-    refused = replace(
-        editor.edit_set, config=editor.config.replace(gate="sequence", layer_turns=1, threshold_relative=False)
-    )
+    published = {"layer_turns": 1, "threshold_relative": False, "threshold_whitened": False}
+    refused = replace(editor.edit_set, config=editor.config.replace(gate="sequence", **published))
     store.save(refused, folder / "sequence")
     (folder / "expected.json").write_text(json.dumps(expected))
     compared = sum(map(len, expected["a"]))
