@@ -161,10 +161,11 @@ def with_metric(delta: LowRankDelta, updates: Sequence[LayerUpdate]) -> LowRankD
     Args:
         updates: all that `delta` is the sum of.
     """
-    spreads = [update.spread for update in updates if update.spread is not None]
+    spreads = [update.spread.to(delta.B) for update in updates if update.spread is not None]
     if len(spreads) < len(updates):
         raise ValueError("threshold_whitened is true, but the edit set holds batches that were made without")
-    return whitened(delta, torch.cat([update.residuals for update in updates], dim=1), torch.cat(spreads, dim=1))
+    residuals = [update.residuals.to(delta.B) for update in updates]  # batches that were loaded lie on the CPU
+    return whitened(delta, torch.cat(residuals, dim=1), torch.cat(spreads, dim=1))
 
 
 def without(edit_set: EditSet, batch_id: str, calibrate: Callable[[int, LowRankDelta, Tensor], Threshold]) -> EditSet:

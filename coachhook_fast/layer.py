@@ -187,7 +187,7 @@ class HookLinear(nn.Module):
 
     @property
     def delta(self) -> LowRankDelta:
-        """The serving copy."""
+        """The serving copy: its U is not orthonormal where the gate has a metric."""
         state = self.served.state
         return LowRankDelta(state.U, state.B)
 

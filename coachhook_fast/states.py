@@ -14,7 +14,7 @@ class HookState:
     """One published edit set of a layer: the serving copy of the delta and its threshold."""
 
     U: Tensor | None  # [m, r], None: B is Delta
-    B: Tensor  # [r, d]
+    B: Tensor  # [r, d], in the gate's metric (LowRankDelta.served)
     sketch: Tensor | None  # [s, d]: decides most tokens of a large-rank `calibrated` gate
     threshold: Tensor  # [] fp32 or fp64: tau or alpha; a tensor, so that a new value recompiles nothing
     moments: tuple[float, float] | None  # mean and std over ordinary text of what tau is compared with
