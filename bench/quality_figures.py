@@ -33,7 +33,8 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     pyplot.close(figure)
     gated = [row for row in rows if all("threshold_z" in layer for layer in row.get("layers", [{}]))]
     if gated:
-        draw_gate(next(iter(_by_method(gated).values())), path.with_name(f"{path.stem}-gate.png"))
+        first = f"{gated[0]['method']} ({gated[0]['gate']})"  # the table's, whatever its counts
+        draw_gate(_by_method(gated)[first], path.with_name(f"{path.stem}-gate.png"))
 
 
 def draw_gate(rows: Sequence[dict[str, Any]], path: Path) -> None:
@@ -55,7 +56,7 @@ def draw_gate(rows: Sequence[dict[str, Any]], path: Path) -> None:
         axis.plot(counts, line(index, "ordinary_z_999"), marker="o", label="ordinary text, 99.9 %")
         axis.plot(counts, line(index, "ordinary_z_max"), marker=".", alpha=0.5, label="ordinary text, largest")
         axis.set_title(f"edited layer, number {index + 1} of {layers}")
-        axis.set_ylabel("z of ||Δk||")
+        axis.set_ylabel("z of what the gate measures")
         axis.set_ylim(bottom=0)
         last = axes.flat[layers]
         last.plot(counts, line(index, "fire_rate"), marker="o", label=axis.get_title())
