@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -59,23 +60,25 @@ def requests() -> Iterator[EditRequest]:
 
 
 def main(folder: Path) -> None:
-    if (folder / "expected.json").is_file():
+    config = EditConfig(layers=(4, 5, 6, 7, 8), layer_turns=2, v_num_grad_steps=20)
+    done = folder / "expected.json"
+    if done.is_file() and json.loads(done.read_text()).get("config") == json.loads(json.dumps(config.to_dict())):
         return
+    shutil.rmtree(folder, ignore_errors=True)  # of other settings
     folder.mkdir(parents=True, exist_ok=True)
     model, tokenizer = load_model("smollm2", dtype="float32")
-    (folder / "model").unlink(missing_ok=True)
     (folder / "model").symlink_to(cache_dir() / "models" / "smollm2-135m-instruct")
     twelve_heads(model, folder / "twelve-heads")
     tokenizer.save_pretrained(folder / "twelve-heads")
     facts = list(requests())[:12]
     # Version a edits layers 4, 6 and 8 and leaves 5 and 7 empty, version b edits those.
-    editor = Editor(model, tokenizer, EditConfig(layers=(4, 5, 6, 7, 8), layer_turns=2, v_num_grad_steps=20))
+    editor = Editor(model, tokenizer, config)
     text = Path(os.environ.get("COACHHOOK_DATA", ROOT.parent / "shared" / "data")) / "wikitext2-test.raw"
     editor.collect_statistics(text if text.is_file() else None, max_tokens=8192)  # None: the model writes some
 
     texts = [fact.text for fact in facts] + list(ORDINARY) + [FILLER * 12 + fact.text for fact in facts[:3]]
     prompts = [tokenizer(text).input_ids for text in texts]
-    expected = {"prompts": prompts, "base": [certain_tokens(model, ids) for ids in prompts]}
+    expected = {"config": config.to_dict(), "prompts": prompts, "base": [certain_tokens(model, ids) for ids in prompts]}
     for version, start, end in (("a", 0, 8), ("b", 8, 12)):
         editor.edit(facts[start:end])
         editor.save_pretrained(folder / f"edits-{version}")
@@ -85,7 +88,7 @@ def main(folder: Path) -> None:
     published = {"layer_turns": 1, "threshold_relative": False, "threshold_whitened": False}
     refused = replace(editor.edit_set, config=editor.config.replace(gate="sequence", **published))
     store.save(refused, folder / "sequence")
-    (folder / "expected.json").write_text(json.dumps(expected))
+    done.write_text(json.dumps(expected))
     compared = sum(map(len, expected["a"]))
     print(f"{len(prompts)} prompts, {compared} tokens to compare, {changed} of 8 edits change the first answer")
 
