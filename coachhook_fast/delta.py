@@ -208,7 +208,7 @@ class LowRankDelta:
         """
         if self._served is None:
             assert self.W is not None
-            inverse = self.W.T / self.W.square().sum(dim=1)  # the rows are orthogonal
+            inverse = _inverse(self.W)
             self._served = LowRankDelta(inverse if self.U is None else self.U @ inverse, self.W @ self.B)
         return self._served
 
@@ -220,10 +220,15 @@ class LowRankDelta:
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Tensor]) -> LowRankDelta:
-        """The delta that ``state_dict`` wrote; ValueError on missing or unknown keys."""
+        """The delta that ``state_dict`` wrote; ValueError on missing or unknown keys, or a ``W`` without an inverse."""
         if not {"B"} <= set(state) <= {"U", "B", "W"}:
             raise ValueError(f"state must have the key B, and may have U and W, got {sorted(state)}")
-        return cls(state.get("U"), state["B"], state.get("W"))
+        found = cls(state.get("U"), state["B"], state.get("W"))
+        if found.W is not None and found.rank:
+            probe = torch.linspace(1.0, 2.0, found.W.shape[0], dtype=found.dtype, device=found.device)
+            if not torch.allclose(found.W @ (_inverse(found.W) @ probe), probe, rtol=1e-2):  # NaN is not close either
+                raise ValueError("W must be finite with orthogonal rows other than zero")
+        return found
 
     def _checked(self, R: Tensor, X: Tensor) -> tuple[Tensor, Tensor]:
         m, d = self.out_features, self.in_features
@@ -236,6 +241,11 @@ class LowRankDelta:
         if not bool(torch.isfinite(X).all()):
             raise ValueError("X must be finite, got NaN or infinity")
         return R.to(self.B), X.to(self.B)
+
+
+def _inverse(W: Tensor) -> Tensor:
+    """Of a matrix with orthogonal rows."""
+    return W.T / W.square().sum(dim=1)
 
 
 def _rounding(dtype: torch.dtype) -> float:

@@ -155,7 +155,7 @@ class EditSet:
         raise ValueError(f"batch_id {batch_id!r} is not in the ledger, which holds {known}")
 
 
-def with_metric(delta: LowRankDelta, updates: Sequence[LayerUpdate]) -> LowRankDelta:
+def whitened_by(delta: LowRankDelta, updates: Sequence[LayerUpdate]) -> LowRankDelta:
     """`delta` measured as `threshold_whitened` wants it; ValueError where an update knows no `spread`.
 
     Args:
@@ -188,7 +188,7 @@ def without(edit_set: EditSet, batch_id: str, calibrate: Callable[[int, LowRankD
         for batch in rest:
             replayed = replayed.append(batch.layers[position].residuals, batch.layers[position].directions)
         if edit_set.config.threshold_whitened and rest:
-            replayed = with_metric(replayed, [batch.layers[position] for batch in rest])
+            replayed = whitened_by(replayed, [batch.layers[position] for batch in rest])
         deltas.append(replayed)
         if edit_set.config.gate == "sequence":
             alphas = [batch.layers[position].alpha for batch in rest]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from coachhook_fast.delta import LowRankDelta
-from coachhook_fast.edit_set import EditSet, LayerUpdate, with_metric
+from coachhook_fast.edit_set import EditSet, LayerUpdate, whitened_by
 from coachhook_fast.forward import PartialModel
 from coachhook_fast.gate import Threshold
 from coachhook_fast.hooks import Hooks
@@ -124,7 +124,7 @@ def update_layers(
         if config.threshold_whitened:
             moment = moments[layer]
             update = replace(update, spread=(moment @ X.to(moment)).to(update.directions))
-            delta = with_metric(delta, [*(batch.layers[position] for batch in edits.batches), update])
+            delta = whitened_by(delta, [*(batch.layers[position] for batch in edits.batches), update])
         mine = torch.cat([edits.own_keys(position).to(K), mine], dim=1) if edits.batches else mine
         edits = edits.with_layer(position, delta, threshold(position, delta, mine))
         hooks.publish(edits)

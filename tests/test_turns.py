@@ -220,7 +220,9 @@ def test_one_turn_is_the_paper() -> None:
         ({"layers": (1, 2), "layer_turns": 3}, "at most the number of layers"),
         ({"layer_turns": 2, "gate": "sequence"}, "'sequence'"),
         ({"threshold_relative": True, "gate": "sequence"}, "threshold_relative"),
-        ({"threshold_relative": 1}, "threshold_relative"),
+        ({"threshold_relative": 1}, "threshold_relative must be true, false or null, got 1"),
+        ({"threshold_whitened": True, "gate": "sequence"}, "threshold_whitened must be false"),
+        ({"threshold_whitened": 1}, "threshold_whitened must be true, false or null, got 1"),
     ],
 )
 def test_bad_turns(settings: dict[str, Any], message: str) -> None:
@@ -228,10 +230,11 @@ def test_bad_turns(settings: dict[str, Any], message: str) -> None:
         EditConfig(**settings)
 
 
-def test_going_on_with_other_turns_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("changed", [{"layer_turns": 1}, {"threshold_whitened": False}])
+def test_going_on_with_other_turns_is_refused(tmp_path: Path, changed: dict[str, Any]) -> None:
     editor = make(config=TURNS)
     edit(editor, facts(2))
     editor.save_pretrained(tmp_path)
     editor.unload()
-    with pytest.raises(ValueError, match="layer_turns"):
-        Editor(editor.model, tiny_tokenizer(), TURNS.replace(layer_turns=1), edits=tmp_path)
+    with pytest.raises(ValueError, match=next(iter(changed))):
+        Editor(editor.model, tiny_tokenizer(), TURNS.replace(**changed), edits=tmp_path)
