@@ -62,6 +62,10 @@ class Plan:
     work: Path
     metrics: tuple[str, ...] = ("accuracy", "probability", "generation", "drift")
 
+    @property
+    def held_out_key(self) -> str | None:
+        return None if self.held_out is None else self.held_out.key
+
     def run_key(self, method: Method) -> str:
         """Name of the method's saved state: equal settings and facts, equal state."""
         settings = self.config.replace(**dict(method.settings)).to_dict()
@@ -72,12 +76,15 @@ class Plan:
 
 
 def run(method: Method, plan: Plan, on_row: Callable[[dict[str, Any]], None]) -> None:
-    """Edits and evaluates one method, and calls `on_row` with every evaluation, stored or new."""
+    """Edits and evaluates one method, and calls `on_row` with every evaluation, stored or new.
+
+    Where only the text for perplexity is another than a stored row's, only perplexity is measured again.
+    """
     rows = _Rows(plan.work / "rows" / f"{plan.run_key(method)}-{method.gate}.json")
+    missing = [count for count in plan.at if not rows.has(count, plan.held_out_key)]
     for count in plan.at:
-        if count in rows.by_count:
+        if count not in missing:
             on_row(rows.by_count[count])
-    missing = [count for count in plan.at if count not in rows.by_count]
     if not missing:
         return
     model, tokenizer = load_model(plan.model)
@@ -87,10 +94,16 @@ def run(method: Method, plan: Plan, on_row: Callable[[dict[str, Any]], None]) ->
         states = plan.work / plan.run_key(method)
         for count in missing:
             seconds = _edit_up_to(count, runner, plan, states, method.title)
-            row = _evaluate(method, model, tokenizer, plan, count, bases[count])
-            if isinstance(runner, Ours):
-                row["layers"] = [a | b for a, b in zip(row["layers"], runner.separation(), strict=True)]
-            on_row(rows.add(count, row | {"seconds_per_edit": round(seconds / count, 3)}))
+            row = rows.by_count.get(count)
+            found = _evaluate(method, model, tokenizer, plan, count, bases[count], () if row else plan.metrics)
+            if row is None:
+                row = _row(method, model, plan, count, found)
+                if isinstance(runner, Ours):
+                    row["layers"] = [a | b for a, b in zip(row["layers"], runner.separation(), strict=True)]
+                row["seconds_per_edit"] = round(seconds / count, 3)
+            tokens = None if plan.held_out is None else plan.held_out.max_tokens
+            row |= {"perplexity_ratio": found["perplexity_ratio"], "held_out_tokens": tokens}
+            on_row(rows.add(count, row | {"held_out": plan.held_out_key, "command": _command()}))
     finally:
         runner.unload()
 
@@ -123,19 +136,24 @@ def _edit_up_to(count: int, runner: Runner, plan: Plan, states: Path, title: str
     return seconds
 
 
-def _evaluate(method: Method, model: Any, tokenizer: Any, plan: Plan, count: int, base: BaseAnswers) -> dict[str, Any]:
+def _evaluate(
+    method: Method, model: Any, tokenizer: Any, plan: Plan, count: int, base: BaseAnswers, metrics: Sequence[str]
+) -> dict[str, Any]:
     if method.ungated:
         model.coachhook.set_modes(["always"] * len(model.coachhook.hooks))
     found = evaluate(
         model, tokenizer, plan.records[:count],
-        base=base, metrics=plan.metrics, held_out=plan.held_out, batch_tokens=2048,
+        base=base, metrics=metrics, held_out=plan.held_out, batch_tokens=2048,
     ).summary()  # fmt: skip
     if method.ungated:
         model.coachhook.enable()
+    return found
+
+
+def _row(method: Method, model: Any, plan: Plan, count: int, found: dict[str, Any]) -> dict[str, Any]:
     row: dict[str, Any] = {"method": method.name, "gate": method.gate, "edits": count, "batch_size": plan.batch_size}
-    names = ("reliability", "generality", "locality", "locality_unedited", "generation", "perplexity_ratio")
-    names += ("harmonic_mean", "drift", *ROME)
-    row |= {name: found[name] for name in names}
+    names = ("reliability", "generality", "locality", "locality_unedited", "generation", "harmonic_mean", "drift")
+    row |= {name: found[name] for name in (*names, *ROME)}
     row["layers"] = _layer_figures(model)
     row["settings"] = plan.config.replace(**dict(method.settings)).to_dict()
     return row | _provenance()
@@ -160,18 +178,18 @@ def _layer_figures(model: Any) -> list[dict[str, float]]:
 def _base(model: Any, tokenizer: Any, plan: Plan, count: int) -> BaseAnswers:
     """The unedited model's answers to the first `count` records, with its perplexity; kept in the work folder."""
     records = plan.records[:count]
-    held = "" if plan.held_out is None else plan.held_out.key
-    path = plan.work / "base" / f"{plan.model.replace('/', '_')}-{records_hash(records)}-{held}.json"
-    if path.is_file():
-        return BaseAnswers.load(path)
-    base = BaseAnswers.collect(model, tokenizer, records, batch_tokens=2048)
-    if plan.held_out is not None:  # any evaluation of the model as it stands adds it
-        shared = sorted(path.parent.glob(f"*-{held}.json"))
-        if shared:
-            base.perplexity = BaseAnswers.load(shared[0]).perplexity
-        else:
-            evaluate(model, tokenizer, records, base=base, metrics=(), held_out=plan.held_out)
-    base.save(path)
+    folder, name = plan.work / "base", plan.model.replace("/", "_")
+    path = folder / f"{name}-{records_hash(records)}.json"
+    stored = BaseAnswers.load(path) if path.is_file() else None
+    base = stored or BaseAnswers.collect(model, tokenizer, records, batch_tokens=2048)
+    if plan.held_out is not None and plan.held_out_key not in base.perplexity:
+        for other in sorted(folder.glob(f"{name}-*.json")):
+            base.perplexity = BaseAnswers.load(other).perplexity | base.perplexity
+        if plan.held_out_key not in base.perplexity:
+            base.perplexity[plan.held_out_key] = plan.held_out.perplexity(model, tokenizer, batch_tokens=2048)
+        stored = None
+    if stored is None:
+        base.save(path)
     return base
 
 
@@ -183,6 +201,10 @@ class _Rows:
         stored = json.loads(path.read_text()) if path.is_file() else {}
         self.by_count: dict[int, dict[str, Any]] = {int(count): row for count, row in stored.items()}
 
+    def has(self, count: int, held_out: str | None) -> bool:
+        """Whether `count` was evaluated, and its perplexity on this text."""
+        return count in self.by_count and self.by_count[count].get("held_out") == held_out
+
     def add(self, count: int, row: dict[str, Any]) -> dict[str, Any]:
         """Keeps the row and answers it as it will be read again."""
         self.by_count[count] = json.loads(json.dumps(row))
@@ -190,10 +212,13 @@ class _Rows:
         return self.by_count[count]
 
 
+def _command() -> str:
+    return shlex.join(["python", *sys.argv])
+
+
 def _provenance() -> dict[str, Any]:
     described = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     return {
-        "command": shlex.join(["python", *sys.argv]),
         "machine": f"{platform.machine()} {_cpu()}, {torch.get_num_threads()} threads",
         "versions": {
             "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
@@ -251,7 +276,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--facts", type=Path, required=True, metavar="FILE")
     add("--corpus", type=Path, metavar="FILE", help="text for key statistics (default: the model's own)")
     add("--held-out", type=Path, metavar="FILE", help="text for perplexity")
-    add("--held-out-tokens", type=int, default=20_000, metavar="N")
+    add("--held-out-tokens", type=int, default=120_000, metavar="N", help="of that text (default 120000)")
     add("--at", default="10,30,100", metavar="N,N,..", help="edit counts at which to evaluate")
     add("--batch-size", type=int, default=10, metavar="N")
     titles = [method.title for method in METHODS]

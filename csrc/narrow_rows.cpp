@@ -32,10 +32,27 @@ struct Transpose {
   }
 };
 
+// Column c for entries t and their keys k, V vectors (or numbers) of each.
+template <int N, int V, typename T, typename vec>
+ALWAYS_INLINE void reflect(const NarrowReflectors<T>& by, int64_t c, vec (&t)[V], vec (&k)[N][V]) {
+  const T *beta = by.beta.data() + c * N, *delta = by.delta.data() + c * N, *w = by.w.data() + c * N;
+#pragma GCC unroll 2
+  for (int v = 0; v < V; ++v) {
+    vec answer = beta[0] * k[0][v];
+#pragma GCC unroll 4
+    for (int i = 1; i < N; ++i) answer += beta[i] * k[i][v];
+#pragma GCC unroll 4
+    for (int i = 0; i < N; ++i) {
+      const vec moved = delta[i] * t[v];
+      k[i][v] = N == 1 ? by.gamma[c] * k[i][v] - moved : (k[i][v] - moved) - w[i] * answer;
+    }
+    t[v] = by.alpha[c] * t[v] + answer;
+  }
+}
+
 // V vectors of rows at a time: as many as hide a column's latency behind each other.
 template <typename T, int BYTES, int N>
-ALWAYS_INLINE int64_t rows_in_vectors(T* A, T* K, int64_t ld, int64_t rows, const T* alpha, const T* beta,
-                                      const T* w) {
+ALWAYS_INLINE int64_t rows_in_vectors(T* A, T* K, int64_t ld, int64_t rows, const NarrowReflectors<T>& by) {
   using vec = typename Vector<T, BYTES>::type;
   constexpr int LANES = BYTES / sizeof(T), V = 2, GROUP = V * LANES;
   int64_t done = 0;
@@ -66,16 +83,12 @@ ALWAYS_INLINE int64_t rows_in_vectors(T* A, T* K, int64_t ld, int64_t rows, cons
       }
 #pragma GCC unroll 16
       for (int j = 0; j < LANES; ++j) {
+        vec column[V];
 #pragma GCC unroll 2
-        for (int v = 0; v < V; ++v) {
-          vec next = alpha[c + j] * t[v][j];
-#pragma GCC unroll 4
-          for (int i = 0; i < N; ++i) next += beta[(c + j) * N + i] * k[i][v];
-          const vec both = t[v][j] + next;
-#pragma GCC unroll 4
-          for (int i = 0; i < N; ++i) k[i][v] -= w[(c + j) * N + i] * both;
-          t[v][j] = next;
-        }
+        for (int v = 0; v < V; ++v) column[v] = t[v][j];
+        reflect<N>(by, c + j, column, k);
+#pragma GCC unroll 2
+        for (int v = 0; v < V; ++v) t[v][j] = column[v];
       }
 #pragma GCC unroll 2
       for (int v = 0; v < V; ++v) {
@@ -111,30 +124,29 @@ ALWAYS_INLINE void add_four_rows(T* sums, const T* rows, const T (&x)[4]) {
 template <typename T>
 struct Entries {
   // rows done; what is left is less than two vectors
-  int64_t (*rows)(T* A, T* K, int64_t ld, int64_t rows, int64_t n, const T* alpha, const T* beta, const T* w);
+  int64_t (*rows)(T* A, T* K, int64_t ld, int64_t rows, const NarrowReflectors<T>& by);
   void (*add)(T* sums, const T* rows, const T (&x)[4]);
 };
 
-#define COACHHOOK_ENTRY(NAME, TARGET, BYTES)                                                                 \
-  template <typename T>                                                                                      \
-  TARGET int64_t rows_##NAME(T* A, T* K, int64_t ld, int64_t rows, int64_t n, const T* alpha, const T* beta, \
-                             const T* w) {                                                                   \
-    switch (n) {                                                                                             \
-      case 1:                                                                                                \
-        return rows_in_vectors<T, BYTES, 1>(A, K, ld, rows, alpha, beta, w);                                 \
-      case 2:                                                                                                \
-        return rows_in_vectors<T, BYTES, 2>(A, K, ld, rows, alpha, beta, w);                                 \
-      case 3:                                                                                                \
-        return rows_in_vectors<T, BYTES, 3>(A, K, ld, rows, alpha, beta, w);                                 \
-      case 4:                                                                                                \
-        return rows_in_vectors<T, BYTES, 4>(A, K, ld, rows, alpha, beta, w);                                 \
-      default:                                                                                               \
-        return 0;                                                                                            \
-    }                                                                                                        \
-  }                                                                                                          \
-  template <typename T>                                                                                      \
-  TARGET void add_##NAME(T* sums, const T* rows, const T(&x)[4]) {                                           \
-    add_four_rows<T, BYTES>(sums, rows, x);                                                                  \
+#define COACHHOOK_ENTRY(NAME, TARGET, BYTES)                                                        \
+  template <typename T>                                                                             \
+  TARGET int64_t rows_##NAME(T* A, T* K, int64_t ld, int64_t rows, const NarrowReflectors<T>& by) { \
+    switch (by.n) {                                                                                 \
+      case 1:                                                                                       \
+        return rows_in_vectors<T, BYTES, 1>(A, K, ld, rows, by);                                    \
+      case 2:                                                                                       \
+        return rows_in_vectors<T, BYTES, 2>(A, K, ld, rows, by);                                    \
+      case 3:                                                                                       \
+        return rows_in_vectors<T, BYTES, 3>(A, K, ld, rows, by);                                    \
+      case 4:                                                                                       \
+        return rows_in_vectors<T, BYTES, 4>(A, K, ld, rows, by);                                    \
+      default:                                                                                      \
+        return 0;                                                                                   \
+    }                                                                                               \
+  }                                                                                                 \
+  template <typename T>                                                                             \
+  TARGET void add_##NAME(T* sums, const T* rows, const T(&x)[4]) {                                  \
+    add_four_rows<T, BYTES>(sums, rows, x);                                                         \
   }
 
 COACHHOOK_ENTRY(generic, , 16)
@@ -158,19 +170,30 @@ const Entries<T>& entries() {
 }  // namespace
 
 template <typename T>
-void NarrowReflectors<T>::apply_row(T* A, int64_t stride, int64_t width, T* k) const {
+template <int N>
+void NarrowReflectors<T>::apply_row_of(T* A, int64_t stride, int64_t width, T* keys) const {
+  T k[N][1];
+  for (int i = 0; i < N; ++i) k[i][0] = keys[i];
   for (int64_t c = 0; c < width; ++c) {
-    const T a = A[c * stride];
-    T next = alpha[c] * a;
-    for (int64_t i = 0; i < n; ++i) next += beta[c * n + i] * k[i];
-    for (int64_t i = 0; i < n; ++i) k[i] -= w[c * n + i] * (a + next);
-    A[c * stride] = next;
+    T a[1] = {A[c * stride]};
+    reflect<N>(*this, c, a, k);
+    A[c * stride] = a[0];
   }
+  for (int i = 0; i < N; ++i) keys[i] = k[i][0];
+}
+
+template <typename T>
+void NarrowReflectors<T>::apply_row(T* A, int64_t stride, int64_t width, T* k) const {
+  static_assert(kNarrowKeys == 4);
+  if (n == 1) return apply_row_of<1>(A, stride, width, k);
+  if (n == 2) return apply_row_of<2>(A, stride, width, k);
+  if (n == 3) return apply_row_of<3>(A, stride, width, k);
+  apply_row_of<4>(A, stride, width, k);
 }
 
 template <typename T>
 void NarrowReflectors<T>::apply_rows(T* A, T* K, int64_t ld, int64_t rows) const {
-  int64_t row = entries<T>().rows(A, K, ld, rows, n, alpha.data(), beta.data(), w.data());
+  int64_t row = entries<T>().rows(A, K, ld, rows, *this);
   for (; row < rows; ++row) apply_row(A + row * kPanel, 1, kPanel, K + row * ld);
 }
 
@@ -194,7 +217,9 @@ bool NarrowReflectors<T>::transform_triangle(Mode mode, T* packed, int64_t width
     for (int64_t i = 0; i < n; ++i) {
       w[r * n + i] = k[i] *= scale;
       beta[r * n + i] = factor * k[i];
+      delta[r * n + i] = (T(1) + alpha[r]) * k[i];
     }
+    gamma[r] = T(1) - beta[r * n] * w[r * n];
   }
   return true;
 }

@@ -114,6 +114,27 @@ def test_the_ungated_row_shares_the_gated_runs_edits(
     assert [row["layers"] for row in free] == [row["layers"] for row in gated]
 
 
+def test_another_text_measures_perplexity_alone_again(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method = METHODS["coachhook-fast/calibrated"]
+    before = rows_of(method, plan(home, tmp_path))
+    longer = replace(plan(home, tmp_path), held_out=HeldOut("\n".join(tiny_texts(4)), window=16, max_tokens=90))
+    with monkeypatch.context() as patched:
+        patched.setattr(quality.Ours, "edit", None)  # nothing is edited again, and no prompt scored
+        patched.setattr(quality.BaseAnswers, "collect", None)
+        after = rows_of(method, longer)
+    assert [row["held_out_tokens"] for row in after] == [90, 90]
+    assert all(a["perplexity_ratio"] != b["perplexity_ratio"] for a, b in zip(after, before, strict=True))
+    about_the_text = {"perplexity_ratio", "held_out", "held_out_tokens"}
+    for a, b in zip(after, before, strict=True):
+        assert {name: value for name, value in a.items() if name not in about_the_text} == {
+            name: value for name, value in b.items() if name not in about_the_text
+        }
+    fresh = rows_of(method, replace(longer, work=tmp_path / "fresh"))
+    assert [row["perplexity_ratio"] for row in after] == [pytest.approx(row["perplexity_ratio"]) for row in fresh]
+
+
 def test_the_command_writes_every_form(home: Path, tmp_path: Path) -> None:
     settings = [f"{name}={json.dumps(value)}" for name, value in CONFIG.to_dict().items() if value is not None]
     quality.main(

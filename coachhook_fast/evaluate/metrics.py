@@ -39,6 +39,11 @@ class HeldOut:
     def key(self) -> str:
         return hashlib.sha256(repr(self).encode()).hexdigest()[:16]
 
+    def perplexity(self, model: Any, tokenizer: Any, **options: Any) -> float:
+        """Of the model as it stands; `options` as for `evaluate.perplexity`."""
+        cut = {"window": self.window, "stride": self.stride, "max_tokens": self.max_tokens}
+        return perplexity(model, tokenizer, self.text, **cut, **options)
+
 
 def evaluate(
     model: Any,
@@ -81,7 +86,7 @@ def evaluate(
         base.check(model, records)
     if held_out is not None and held_out.key not in base.perplexity:
         with unedited(model):
-            base.perplexity[held_out.key] = _perplexity(model, tokenizer, held_out, options)
+            base.perplexity[held_out.key] = held_out.perplexity(model, tokenizer, **options)
 
     start = time.perf_counter()
     results = [
@@ -105,7 +110,7 @@ def evaluate(
             result.drift = value
     evaluation = Evaluation(results)
     if held_out is not None:
-        evaluation.perplexity = _perplexity(model, tokenizer, held_out, options)
+        evaluation.perplexity = held_out.perplexity(model, tokenizer, **options)
         evaluation.base_perplexity = base.perplexity[held_out.key]
     evaluation.seconds = time.perf_counter() - start
     return evaluation
@@ -201,18 +206,6 @@ def _generate(
         result.generation = hits[0]
         result.generation_rephrase = _mean(hits[1:])
         result.completion = tokenizer.decode(mine[0])
-
-
-def _perplexity(model: Any, tokenizer: Any, held_out: HeldOut, options: dict[str, Any]) -> float:
-    return perplexity(
-        model,
-        tokenizer,
-        held_out.text,
-        window=held_out.window,
-        stride=held_out.stride,
-        max_tokens=held_out.max_tokens,
-        **options,
-    )
 
 
 def _prefers(one: Score, other: Score) -> float:
