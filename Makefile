@@ -42,7 +42,7 @@ format: $(VENV)/.ready  ## Format everything
 	$(BIN)/clang-format -i csrc/*.cpp csrc/*.h
 
 bench: $(VENV)/.ready  ## All benchmarks; tables on stdout
-	$(BIN)/pytest --import-mode=importlib -q bench --benchmark-only
+	$(BIN)/pytest --import-mode=importlib -q bench/bench_*.py
 
 gpu-check:  ## On a GPU machine, with its own Python: build, GPU tests, benchmarks, table
 	COACHHOOK_REQUIRE_EXT=1 $(PYTHON) -m pip install --quiet --no-build-isolation --no-deps -e .

@@ -39,8 +39,8 @@ class cmake_build_ext(build_ext):  # setuptools' command classes are lower case
                 raise
             print(
                 f"\ncoachhook-fast: the C++ extension was NOT built ({type(error).__name__}: {error}).\n"
-                "The package works without it, on the slower reference path. To build it: a C++20 compiler, "
-                "CMake >= 3.18, `pip install torch pybind11 ninja`, then "
+                "The package works without it, on the slower reference path. To build it: GCC >= 12 or clang, "
+                "CMake >= 3.19, `pip install torch pybind11 ninja`, then "
                 "`pip install --no-build-isolation .`\n",
                 file=sys.stderr,
             )
@@ -49,9 +49,10 @@ class cmake_build_ext(build_ext):  # setuptools' command classes are lower case
     def build_extension(self, ext: Extension) -> None:
         import pybind11
         import torch
-        import torch.utils
 
-        cmake = shutil.which("cmake")
+        # the venv's first
+        search = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+        cmake = shutil.which("cmake", path=search)
         if cmake is None:
             raise FileNotFoundError("cmake is not on PATH")
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
@@ -71,10 +72,9 @@ class cmake_build_ext(build_ext):  # setuptools' command classes are lower case
             "Ninja",
             f"-DCMAKE_BUILD_TYPE={os.environ.get('COACHHOOK_BUILD_TYPE', 'Release')}",
             f"-DPython_EXECUTABLE={sys.executable}",
-            f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path};{pybind11.get_cmake_dir()}",
+            f"-DCMAKE_PREFIX_PATH={pybind11.get_cmake_dir()}",
             f"-DCOACHHOOK_VERSION={self.distribution.get_version()}",
         ]
-        search = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # the venv's ninja first
         if (ninja := shutil.which("ninja", path=search)) is not None:
             configure.append(f"-DCMAKE_MAKE_PROGRAM={ninja}")
         subprocess.run(configure, check=True)

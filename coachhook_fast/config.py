@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -20,6 +21,8 @@ _EASYEDIT_ONLY = {
     "layer_selection", "v_loss_layer", "fact_token", "mlp_module_tmp", "attn_module_tmp", "ln_f_module",
     "lm_head_module", "mom2_adjustment", "mom2_dataset", "mom2_n_samples", "mom2_dtype", "objective_optimization",
 }  # fmt: skip
+
+_EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 
 # The published settings (arXiv 2403.05330) that the defaults differ from; layers are then those of `default_layers`.
 PAPER: dict[str, Any] = {
@@ -253,6 +256,11 @@ class EditConfig:
             mom2_update_weight=self.mom2_update_weight or default_update_weight(key_dim),
         )
 
+    def calibrates_otherwise(self, other: EditConfig) -> bool:
+        """Whether τ of the `calibrated` gate is found by another rule than with `other`."""
+        rule = ("threshold_rule", "threshold_own", "threshold_z", "threshold_fpr")
+        return self.gate == "calibrated" and any(getattr(self, name) != getattr(other, name) for name in rule)
+
     @property
     def pass_tokens(self) -> int:
         """Most tokens in a pass that is not differentiated."""
@@ -273,7 +281,14 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not YAML: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a mapping of settings, got {type(values).__name__}")
-    return {key: value for key, value in values.items() if key not in _EASYEDIT_ONLY}
+    return {key: number_in(value) for key, value in values.items() if key not in _EASYEDIT_ONLY}
+
+
+def number_in(value: Any) -> Any:
+    """YAML's `value`, where 5e-1 and 1.5e3, as EasyEdit's files write numbers, are numbers and not text."""
+    if isinstance(value, str) and _EXPONENT.fullmatch(value):
+        return float(value)
+    return value
 
 
 def turning_layers(num_layers: int, key_dim: int) -> tuple[int, ...]:

@@ -144,7 +144,8 @@ class EditSet:
         if not self.batches:
             raise ValueError("an edit set without batches has no keys")
         updates = [batch.layers[position] for batch in self.batches]
-        return torch.cat([update.keys[:, : update.residuals.shape[1]] for update in updates], dim=1)
+        device = self.deltas[position].device  # batches that were loaded lie on the CPU
+        return torch.cat([update.keys[:, : update.residuals.shape[1]].to(device) for update in updates], dim=1)
 
     def find(self, batch_id: str) -> Batch:
         """The batch called `batch_id`; ValueError with the known ids where there is none."""
@@ -199,11 +200,22 @@ def without(edit_set: EditSet, batch_id: str, calibrate: Callable[[int, LowRankD
             thresholds.append(known[position])
         else:
             thresholds.append(calibrate(position, replayed, replace(edit_set, batches=rest).own_keys(position)))
-    # The thresholds after later batches were found with the batch among the edits: only the last ones are known anew.
-    rest = (*rest[:place], *(replace(batch, thresholds=()) for batch in rest[place:]))
-    if rest:
-        rest = (*rest[:-1], replace(rest[-1], thresholds=tuple(thresholds)))
+    # The thresholds after later batches were found with the batch among the edits.
+    rest = _recalibrated(rest, place, thresholds)
     return replace(edit_set, deltas=tuple(deltas), thresholds=tuple(thresholds), batches=rest)
+
+
+def recalibrated(edit_set: EditSet, calibrate: Callable[[int, LowRankDelta, Tensor], Threshold]) -> EditSet:
+    """The edit set with τ of every layer found anew, as its config wants it now; `calibrate` as for `without`."""
+    thresholds = [calibrate(at, delta, edit_set.own_keys(at)) for at, delta in enumerate(edit_set.deltas)]
+    batches = _recalibrated(edit_set.batches, 0, thresholds)
+    return replace(edit_set, thresholds=tuple(thresholds), batches=batches)
+
+
+def _recalibrated(batches: Sequence[Batch], place: int, thresholds: Sequence[Threshold]) -> tuple[Batch, ...]:
+    """`batches`, of which those from `place` on no longer know what τ was after them; after the last it is this."""
+    known = [*batches[:place], *(replace(batch, thresholds=()) for batch in batches[place:])]
+    return (*known[:-1], *(replace(batch, thresholds=tuple(thresholds)) for batch in known[-1:]))
 
 
 def _replaced(values: tuple[Any, ...], position: int, value: Any) -> tuple[Any, ...]:

@@ -23,7 +23,7 @@ from coachhook_fast.contexts import write_contexts
 from coachhook_fast.corpus import Corpus, begin_tokens
 from coachhook_fast.delta import LowRankDelta
 from coachhook_fast.distributed import of_first_rank
-from coachhook_fast.edit_set import Batch, EditSet, without
+from coachhook_fast.edit_set import Batch, EditSet, recalibrated, without
 from coachhook_fast.forward import PartialModel, frozen
 from coachhook_fast.gate import Threshold
 from coachhook_fast.hooks import Hooks
@@ -81,12 +81,14 @@ class Editor:
         assert config.layers is not None
         layers = config.layers
         self._handle = Hooks(model, layout, layers, config.gate)
+        self._recalibrate = False  # thresholds of loaded edits are of other settings than config's
         try:
             self._check_devices()
             self.model_id = fingerprint(model)
             if saved is not None:
                 store.check_continues(saved, self.model_id, config)
                 self.edit_set = replace(saved, config=config)
+                self._recalibrate = bool(saved.batches) and config.calibrates_otherwise(saved.config)
             else:
                 empty = LowRankDelta.zeros(out_features, self.key_dim, dtype=self.dtype, device=self.partial.device)
                 with frozen(model):
@@ -164,6 +166,7 @@ class Editor:
     def use_statistics(self, statistics: KeyStatistics) -> None:
         """Starts the key memories: C = λ E[k kᵀ] + Σ K Kᵀ over the ledger. ValueError if they do not fit the model.
 
+        Edits that were loaded and whose config asks for another threshold rule than theirs get their thresholds here.
         Warns (EditWarning) if the earlier batches were made with others.
         """
         statistics.check(self.layers, self.key_dim, self.model_id)
@@ -184,6 +187,11 @@ class Editor:
             memories.append(memory)
         self.statistics, self.memories = statistics, memories
         self.edit_set = replace(self.edit_set, statistics=statistics.run)
+        if self._recalibrate:
+            anew = recalibrated(self.edit_set, self._threshold)
+            with deferred():
+                self._handle.publish(anew)
+                self.edit_set, self._recalibrate = anew, False
 
     # ---------------------------------------------------------------- editing
 
@@ -299,9 +307,10 @@ class Editor:
             yield
         finally:
             # After a commit this publishes what is published already; after a failure, the set from before.
-            self._handle.forget_pass()
-            self._handle.publish(self.edit_set)
-            self._handle.set_modes(modes)
+            with deferred():
+                self._handle.forget_pass()
+                self._handle.publish(self.edit_set)
+                self._handle.set_modes(modes)
 
     # ---------------------------------------------------------------- undo, save, switches
 
@@ -312,6 +321,7 @@ class Editor:
             ValueError: no such batch, or the key memory cannot give up its keys; nothing is changed then.
         """
         self._handle.check_editable()
+        self._settle_thresholds()
         batch = self.edit_set.find(batch_id)
         rest = without(self.edit_set, batch_id, self._threshold)
         with deferred(), ExitStack() as undo:
@@ -322,12 +332,19 @@ class Editor:
             self.edit_set = rest
             undo.pop_all()
 
+    def _settle_thresholds(self) -> None:
+        """Before the edit set is written or taken apart: its thresholds are those that its config asks for."""
+        if self._recalibrate:
+            self.collect_statistics()
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes the edit set (safetensors + JSON); see `store.save`."""
+        self._settle_thresholds()
         store.save(self.edit_set, Path(folder))
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Uploads the edit set to the Hugging Face hub; see `store.push_to_hub`."""
+        self._settle_thresholds()
         return store.push_to_hub(self.edit_set, repo_id, **options)
 
     def enable(self) -> None:

@@ -3,7 +3,7 @@
     edits/
       edit_set.json                 format version, base model, config, contexts, ledger, name and sha256 of each file
       weights-<hash>.safetensors    U, B, W of every layer: all that serving needs
-      batch-<id>.safetensors        K, R, X, E[kkᵀ]X of a batch: what going on and rolling back need
+      batch-<hash>.safetensors      K, R, X, E[kkᵀ]X of a batch: what going on and rolling back need
 
 Tensor files are written and synced first, under names of their own; renaming `edit_set.json` over its predecessor is
 the commit. A kill at any moment leaves the last committed version whole; files that no version names are swept later.
@@ -47,6 +47,7 @@ from coachhook_fast.models import fingerprint
 LOCK = ".lock"
 _UPDATE = ("keys", "residuals", "directions")  # tensors of a layer's update
 _SPREAD = "spread"  # a fourth, under threshold_whitened
+_OURS_ON_THE_HUB = [f"{kind}-{'[0-9a-f]' * 16}.safetensors" for kind in ("weights", "batch")]
 _OURS = re.compile(r"(weights|batch)-[0-9a-f]{16}(\.safetensors|\.\d+\.tmp)|edit_set\.json\.\d+\.tmp")
 
 
@@ -118,12 +119,21 @@ def _weights_of(folder: Path, manifest: Mapping[str, Any]) -> list[tuple[LowRank
 def _read_whole(folder: Path, read: Callable[[Path, Mapping[str, Any]], Any]) -> Any:
     """Reads one version whole: if a writer swept its files meanwhile, the version that took its place."""
     while True:
-        manifest = read_manifest(folder)
+        before = _commit_of(folder)
         try:
-            return read(folder, manifest)
+            return read(folder, read_manifest(folder))
         except ValueError:
-            if read_manifest(folder) == manifest:
+            if _commit_of(folder) == before:
                 raise
+
+
+def _commit_of(folder: Path) -> tuple[int, int] | None:
+    """Tells commits apart; their contents may be equal, where two writers take turns."""
+    try:
+        found = (folder / MANIFEST).stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
 
 
 def check_base(edit_set: EditSet, model_id: str) -> None:
@@ -166,6 +176,8 @@ def push_to_hub(
 ) -> str:
     """Uploads the edit set to the Hugging Face hub in one commit and returns its address.
 
+    An edit set that the repository held makes way for it; all else there, such as a model, stays.
+
     Args:
         repo_id: "user/name"; made if it is not there.
 
@@ -181,7 +193,7 @@ def push_to_hub(
         return str(
             api.upload_folder(
                 repo_id=repo_id, folder_path=staging, commit_message=commit_message,
-                allow_patterns=[MANIFEST, "*.safetensors"], delete_patterns="*.safetensors",
+                allow_patterns=[MANIFEST, "*.safetensors"], delete_patterns=_OURS_ON_THE_HUB,
             )
         )  # fmt: skip
 

@@ -5,12 +5,7 @@
 
 #include "micro_gemm.h"
 #include "packed_factor.h"
-
-#if defined(__x86_64__)
-#define COACHHOOK_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define COACHHOOK_CLONES
-#endif
+#include "simd.h"
 
 namespace coachhook {
 namespace {

@@ -147,6 +147,12 @@ void check_delta(const at::Tensor& x, const OptionalTensor& U, const at::Tensor&
               " and ", B.scalar_type());
 }
 
+void check_out(const at::Tensor& out, const at::Tensor& x, int64_t m) {
+  TORCH_CHECK(out.dim() == x.dim() && out.size(-1) == m &&
+                  out.sizes().slice(0, out.dim() - 1) == x.sizes().slice(0, x.dim() - 1),
+              "out must be [..., ", m, "] with the tokens of x ", x.sizes(), ", got ", out.sizes());
+}
+
 // Gate and correction in place on `out`, which this file has just made.
 std::tuple<at::Tensor, at::Tensor> run(at::Tensor& out, const at::Tensor& x, const OptionalTensor& U,
                                        const at::Tensor& B, const at::Tensor& threshold,
@@ -155,7 +161,11 @@ std::tuple<at::Tensor, at::Tensor> run(at::Tensor& out, const at::Tensor& x, con
                                        const OptionalTensor& state) {
   check_delta(x, U, B);
   const int64_t m = U ? U->size(0) : B.size(0);
-  TORCH_CHECK(out.dim() == x.dim() && out.size(-1) == m, "out must be [..., ", m, "], got ", out.sizes());
+  check_out(out, x, m);
+  TORCH_CHECK(!sketch || (sketch->dim() == 2 && sketch->size(1) == B.size(1)), "sketch must be [s, ",
+              B.size(1), "] to match B, got ", sketch->sizes());
+  TORCH_CHECK(!sketch || sketch->scalar_type() == B.scalar_type(), "sketch and B must share a dtype, got ",
+              sketch->scalar_type(), " and ", B.scalar_type());
   const auto tokens_shape = x.sizes().slice(0, x.dim() - 1);
   TORCH_CHECK_VALUE(threshold.dim() == 0, "threshold must have no dimension, got ", threshold.sizes());
   const at::Tensor x2 = rows_of(x), out2 = out.view({-1, m});
@@ -263,7 +273,7 @@ at::Tensor correct(const at::Tensor& out, const at::Tensor& x, const OptionalTen
   const NoAutocast no_autocast;
   check_delta(x, U, B);
   const int64_t m = U ? U->size(0) : B.size(0);
-  TORCH_CHECK(out.dim() >= 1 && out.size(-1) == m, "out must be [..., ", m, "], got ", out.sizes());
+  check_out(out, x, m);
   TORCH_CHECK(fire.numel() * x.size(-1) == x.numel(), "fire must be one a token of x ", x.sizes(), ", got ",
               fire.sizes());
   at::Tensor result = out.clone(at::MemoryFormat::Contiguous);

@@ -35,18 +35,20 @@ struct Transpose {
 // Column c for entries t and their keys k, V vectors (or numbers) of each.
 template <int N, int V, typename T, typename vec>
 ALWAYS_INLINE void reflect(const NarrowReflectors<T>& by, int64_t c, vec (&t)[V], vec (&k)[N][V]) {
-  const T *beta = by.beta.data() + c * N, *delta = by.delta.data() + c * N, *w = by.w.data() + c * N;
+  const T *beta = by.beta.data() + c * N, *w = by.w.data() + c * N;
 #pragma GCC unroll 2
   for (int v = 0; v < V; ++v) {
-    vec answer = beta[0] * k[0][v];
+    vec next = by.alpha[c] * t[v];
 #pragma GCC unroll 4
-    for (int i = 1; i < N; ++i) answer += beta[i] * k[i][v];
+    for (int i = 0; i < N; ++i) next += beta[i] * k[i][v];
+    if constexpr (N == 1) {
+      k[0][v] = by.gamma[c] * k[0][v] - by.delta[c] * t[v];
+    } else {
+      const vec both = t[v] + next;
 #pragma GCC unroll 4
-    for (int i = 0; i < N; ++i) {
-      const vec moved = delta[i] * t[v];
-      k[i][v] = N == 1 ? by.gamma[c] * k[i][v] - moved : (k[i][v] - moved) - w[i] * answer;
+      for (int i = 0; i < N; ++i) k[i][v] -= w[i] * both;
     }
-    t[v] = by.alpha[c] * t[v] + answer;
+    t[v] = next;
   }
 }
 
@@ -217,8 +219,8 @@ bool NarrowReflectors<T>::transform_triangle(Mode mode, T* packed, int64_t width
     for (int64_t i = 0; i < n; ++i) {
       w[r * n + i] = k[i] *= scale;
       beta[r * n + i] = factor * k[i];
-      delta[r * n + i] = (T(1) + alpha[r]) * k[i];
     }
+    delta[r] = (T(1) + alpha[r]) * w[r * n];
     gamma[r] = T(1) - beta[r * n] * w[r * n];
   }
   return true;

@@ -10,12 +10,7 @@
 #include <cmath>
 #include <type_traits>
 
-// One clone a vector width, chosen at load time. Other compilers and systems take the plain build.
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
-#define COACHHOOK_CLONES __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))
-#else
-#define COACHHOOK_CLONES
-#endif
+#include "simd.h"
 
 namespace coachhook {
 namespace {
@@ -139,8 +134,8 @@ at::Tensor gather(const at::Tensor& rows, const std::vector<int64_t>& index) {
 }
 
 void add_rows(const at::Tensor& out, const std::vector<int64_t>& tokens, const at::Tensor& y) {
-  const int64_t m = out.size(1), out_stride = out.stride(0), y_stride = y.stride(0);
   const at::Tensor rows = y.stride(1) == 1 ? y : y.contiguous();
+  const int64_t m = out.size(1), out_stride = out.stride(0), y_stride = rows.stride(0);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, out.scalar_type(), "coachhook_add_rows", [&] {
     using Wide = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
     scalar_t* destination = out.mutable_data_ptr<scalar_t>();

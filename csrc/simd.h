@@ -4,6 +4,14 @@
 
 #define ALWAYS_INLINE inline __attribute__((always_inline))
 
+// For plain loops: one clone a vector width, chosen at load time. Other compilers and systems take the plain
+// build.
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+#define COACHHOOK_CLONES __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))
+#else
+#define COACHHOOK_CLONES
+#endif
+
 namespace coachhook {
 
 // BYTES wide vectors of T.

@@ -2,6 +2,8 @@
 // panel), the rows below it by ATen's products on the device, with one block reflector for the whole panel.
 #include <ATen/ATen.h>
 
+#include <vector>
+
 #include "factor_sweep.h"
 
 namespace coachhook {
@@ -17,11 +19,10 @@ class PortableSweep final : public FactorSweep {
     at::Tensor W = b_.keys.narrow(0, p.first, p.padded);
     at::Tensor host_w = W.to(at::kCPU, /*non_blocking=*/false, /*copy=*/true).contiguous();
     at::Tensor D = triangle(p);
-    at::Tensor w = mode == Mode::kUndo ? W.clone() : W;
     PanelReflectors<T> reflectors(p.padded, b_.n, b_.ld);
     if (!transform_panel(mode, D.data_ptr<T>(), p.padded, host_w.data_ptr<T>(), reflectors)) return false;
-    W.copy_(host_w);
-    store(p, D);
+    const at::Tensor packed = pack(p, D).to(W.device());
+    const at::Tensor w = mode == Mode::kUndo ? W.clone() : host_w.to(W.device());
 
     const at::Tensor gram = at::mm(w, w.t());
     at::Tensor U = at::triu(gram, 1) + at::diag_embed((at::diagonal(gram) + 1) / 2);
@@ -33,14 +34,23 @@ class PortableSweep final : public FactorSweep {
     const at::Tensor R = at::mm(w.t(), N).mul_(sign);
     const at::Tensor S = mode == Mode::kUndo ? -w : w;
 
-    auto apply = [&](at::Tensor A, at::Tensor K) {  // [rows, padded], [rows, ld]
-      const at::Tensor M = at::mm(A, N).addmm_(K, R);
-      K.addmm_(M, S, /*beta=*/1, /*alpha=*/-1);
-      A.copy_(M - A);
+    struct Rows {
+      at::Tensor A, K, M;  // [rows, padded], [rows, ld], what A and its keys give
     };
-    if (p.below > 0) apply(rect(p, 0, p.below), b_.keys.narrow(0, p.first + p.width, p.below));
+    std::vector<Rows> all;
+    auto take = [&](const at::Tensor& A, const at::Tensor& K) {
+      all.push_back({A, K, at::mm(A, N).addmm_(K, R)});
+    };
+    if (p.below > 0) take(rect(p, 0, p.below), b_.keys.narrow(0, p.first + p.width, p.below));
     if (b_.rhs.defined() && mode != Mode::kUndo) {
-      apply(b_.rhs.narrow(0, p.first, p.padded).narrow(1, 0, b_.n).t(), b_.keys.narrow(0, b_.padded, b_.n));
+      take(b_.rhs.narrow(0, p.first, p.padded).narrow(1, 0, b_.n).t(), b_.keys.narrow(0, b_.padded, b_.n));
+    }
+    // The panel is written only now, when nothing is left that takes memory and so might throw.
+    W.copy_(mode == Mode::kUndo ? host_w : w);
+    b_.factor.narrow(0, p.triangle, packed_size(p.width)).copy_(packed);
+    for (Rows& rows : all) {
+      rows.K.addmm_(rows.M, S, /*beta=*/1, /*alpha=*/-1);
+      rows.A.neg_().add_(rows.M);
     }
     return true;
   }
@@ -78,10 +88,10 @@ class PortableSweep final : public FactorSweep {
     return D;
   }
 
-  void store(const Panel& p, const at::Tensor& D) {
+  at::Tensor pack(const Panel& p, const at::Tensor& D) const {
     at::Tensor packed = at::empty({packed_size(p.width)}, D.options());
     pack_triangle(D.data_ptr<T>(), packed.data_ptr<T>(), p.width, p.padded);
-    b_.factor.narrow(0, p.triangle, packed_size(p.width)).copy_(packed);
+    return packed;
   }
 
   SweepBuffers b_;

@@ -83,6 +83,7 @@ def sequence_kernel(
     z,  # [tokens]
     after,  # [S, 3]
     length,  # tokens a sequence, without PACKED
+    tokens,  # in all
     HAS_MASK: tl.constexpr,
     PACKED: tl.constexpr,
     HAS_STATE: tl.constexpr,
@@ -92,8 +93,9 @@ def sequence_kernel(
     begin = sequence.to(tl.int64) * length
     end = begin + length
     if PACKED:
-        begin = tl.load(bounds + sequence).to(tl.int64)
-        end = tl.load(bounds + sequence + 1).to(tl.int64)
+        # Bounds that leave the tokens, which only a look at them (a host sync) could refuse, stop at their ends.
+        begin = tl.maximum(tl.load(bounds + sequence).to(tl.int64), 0)
+        end = tl.minimum(tl.load(bounds + sequence + 1).to(tl.int64), tokens)
     count = tl.zeros((), dtype=tl.float32)
     mean = tl.zeros((), dtype=tl.float32)
     m2 = tl.zeros((), dtype=tl.float32)
@@ -249,12 +251,13 @@ def sequence(
         norm,
         alpha,
         norm if mask is None else mask.view(torch.int8),
-        norm if cu_seqlens is None else cu_seqlens,
+        norm if cu_seqlens is None else cu_seqlens.contiguous(),
         norm if state is None else state,
         fire.view(torch.int8),
         z,
         after,
         length,
+        norm.numel(),
         HAS_MASK=mask is not None,
         PACKED=cu_seqlens is not None,
         HAS_STATE=state is not None,

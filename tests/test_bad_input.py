@@ -91,6 +91,12 @@ def test_config_refuses_what_it_does_not_know(tmp_path: Path) -> None:
     file = tmp_path / "memit.yaml"
     file.write_text("alg_name: MEMIT\nlayers: [3, 4]\nv_lr: 0.5\nclamp_norm_factor: 0.75\nmom2_n_samples: 100000\n")
     assert EditConfig.from_yaml(file) == EditConfig(layers=(3, 4), v_lr=0.5, clamp_norm_factor=0.75)
+    # as EasyEdit writes numbers, which YAML 1.1 takes for text
+    file.write_text("v_lr: 5e-1\nv_weight_decay: 1e-3\nmom2_update_weight: 1.5e4\nv_loss_layer: 31\n")
+    assert EditConfig.from_yaml(file) == EditConfig(v_lr=0.5, v_weight_decay=1e-3, mom2_update_weight=15_000.0)
+    file.write_text("v_lr: fast\n")
+    with pytest.raises(TypeError, match="v_lr must be a number, got 'fast'"):
+        EditConfig.from_yaml(file)
 
 
 @pytest.mark.parametrize("layers", [(True,), (1.0,), ("1",), (), (-1,)])

@@ -236,14 +236,17 @@ def test_downdate_refuses_to_lose_definiteness(path: str) -> None:
     assert torch.equal(both, torch.stack([before, before]))
 
 
-def test_downdate_of_a_strong_batch() -> None:
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5])  # on both sides of kNarrowKeys
+@pytest.mark.parametrize("strength", [1e2, 1e4])
+def test_downdate_of_a_strong_batch(n: int, strength: float) -> None:
     """Keys that dominate C: what is left has lost the digits that they covered, and no more."""
-    C, K = problem(300, 5)
+    C, K = problem(300, n)
     L = chol_factor(pack(C))
     before = unpack(L)
-    chol_update(L, 100 * K)
-    chol_downdate(L, 100 * K)
-    assert error(unpack(L) @ unpack(L).T, before @ before.T) < 1e-8
+    chol_update(L, strength * K)
+    chol_downdate(L, strength * K)
+    covered = float(strength**2 * (K.T @ torch.linalg.solve(C, K)).diagonal().max())
+    assert error(unpack(L) @ unpack(L).T, before @ before.T) < 4 * torch.finfo(torch.float64).eps * covered
 
 
 @pytest.mark.parametrize("name", ["chol_factor", "chol_solve", "chol_update", "chol_solve_update", "chol_downdate"])

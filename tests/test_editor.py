@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,9 @@ import torch
 from editor_cases import CONFIG, edit, facts, logits, make, snapshot
 from tiny import FAMILIES, tiny_model, tiny_texts, tiny_tokenizer
 
-from coachhook_fast import Editor, EditRequest, EditWarning, HookLinear, load_edits
+from coachhook_fast import Editor, EditRequest, EditWarning, HookLinear, load_edits, store
 from coachhook_fast.architectures import Layout
+from coachhook_fast.thresholds import calibrate
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -114,6 +116,53 @@ def test_saving_and_going_on_equals_never_having_stopped(gate: str, tmp_path: Pa
     edit(editor, facts(2, seed=1))
     for one, other in zip(snapshot(resumed), snapshot(editor), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_going_on_with_another_threshold_rule_calibrates_all_layers_anew(tmp_path: Path) -> None:
+    config = CONFIG.replace(layer_turns=2, threshold_rule="own_keys", threshold_own=0.5)
+    editor = make(config=config)
+    edit(editor, facts(2))
+    second = edit(editor, facts(2, seed=1))
+    editor.save_pretrained(tmp_path)
+    before = [threshold.value for threshold in editor.edit_set.thresholds]
+
+    changed = config.replace(threshold_own=0.9)
+    later = Editor(tiny_model("llama"), tiny_tokenizer(), changed, edits=tmp_path)
+    assert [hook.threshold for hook in later.hooks] == pytest.approx(before)  # until there are statistics
+    later.collect_statistics(tiny_texts(12), progress=False)
+    wanted = [
+        calibrate(delta, later.statistics.samples[layer], later.edit_set.own_keys(at), later.config).value
+        for at, (layer, delta) in enumerate(zip(later.layers, later.edit_set.deltas, strict=True))
+    ]
+    assert all(new > old for new, old in zip(wanted, before, strict=True))
+    assert [hook.threshold for hook in later.hooks] == pytest.approx(wanted)
+    later.rollback(second.id)  # what the ledger knew was of the old rule
+    rest = later.edit_set
+    again = [
+        calibrate(delta, later.statistics.samples[layer], rest.own_keys(at), later.config)
+        for at, (layer, delta) in enumerate(zip(later.layers, rest.deltas, strict=True))
+    ]
+    assert [threshold.value for threshold in rest.thresholds] == pytest.approx([one.value for one in again])
+
+    # saved without a batch more, the set has the thresholds that its config names
+    unedited = Editor(tiny_model("llama"), tiny_tokenizer(), changed, edits=tmp_path)
+    unedited.save_pretrained(tmp_path / "saved")
+    saved = store.load(tmp_path / "saved")
+    assert saved.config.threshold_own == 0.9
+    assert [threshold.value for threshold in saved.thresholds] == pytest.approx(wanted)
+    assert [threshold.value for threshold in saved.batches[-1].thresholds] == pytest.approx(wanted)
+
+
+def test_keys_of_loaded_and_of_fresh_batches_are_read_together() -> None:
+    """Loaded batches lie on the CPU, fresh ones on the model's device: here the meta device stands for a GPU."""
+    editor = make()
+    loaded, fresh = edit(editor, facts(2)), edit(editor, facts(1, seed=1))
+    update = fresh.layers[0]
+    moved = replace(update, keys=update.keys.to("meta"), residuals=update.residuals.to("meta"))
+    deltas = (editor.edit_set.deltas[0].to(device="meta"), *editor.edit_set.deltas[1:])
+    both = replace(editor.edit_set, deltas=deltas, batches=(loaded, replace(fresh, layers=(moved, *fresh.layers[1:]))))
+    assert both.own_keys(0).shape == (editor.key_dim, 3)
+    assert both.own_keys(0).device.type == "meta"
 
 
 def test_an_edit_set_of_another_model_or_setting_is_refused(tmp_path: Path) -> None:

@@ -287,6 +287,15 @@ def test_errors_name_the_argument() -> None:
         ops.gated_linear(x, weight, bias, B, B, threshold)
     with pytest.raises(ValueError, match="gate must be"):
         ops.gated_linear(x, weight, bias, U, B, threshold, None, "perhaps")
+    plain = torch.nn.functional.linear(x, weight, bias)
+    for wrong in (plain[:3], plain[:, 1:], plain[None]):
+        with pytest.raises(RuntimeError, match="out must be"):
+            ops.gated_delta(wrong, x, U, B, threshold)
+        with pytest.raises(RuntimeError, match="out must be"):
+            ops.correct(wrong, x, U, B, torch.ones(4, dtype=torch.bool))
+    for sketch in (B[:, 1:], B.bfloat16()):
+        with pytest.raises(RuntimeError, match="sketch"):
+            ops.gated_linear(x, weight, bias, U, B, threshold, sketch)
     with pytest.raises(RuntimeError, match="mask must cover 4 tokens"):
         ops.gated_linear(x, weight, bias, U, B, threshold, None, "calibrated", torch.ones(5, dtype=torch.bool))
     with pytest.raises(RuntimeError, match="cu_seqlens must ascend"):

@@ -113,6 +113,54 @@ def test_a_threshold_is_one_number() -> None:
             cuda.gated_linear(x, weight, bias, U, B, torch.ones(1, device=DEVICE), None, gate)
 
 
+def test_shapes_that_the_kernels_would_read_past_are_refused() -> None:
+    x, weight, bias, U, B = problem(4, 37, 70, 9, torch.float32)
+    tau = torch.tensor(1.0, device=DEVICE)
+    assert U is not None
+    for arguments, wrong in (
+        ((x[:, :-1], weight, bias, U, B, tau), "x must be"),
+        ((x, weight, bias, U, B[:, :-1], tau), "x must be"),
+        ((x, weight, bias, U[:, :-1], B, tau), "U must be"),
+        ((x, weight, bias, U.half(), B, tau), "U must be"),
+        ((x, weight[:-1], bias, U, B, tau), "weight must be"),
+        ((x, weight, bias, U, B, tau, B[:, :-1]), "sketch must be"),
+        ((x, weight, bias, U, B, tau, None, "calibrated", torch.ones(3, dtype=torch.bool, device=DEVICE)), "mask must"),
+    ):
+        with pytest.raises(ValueError, match=wrong):
+            cuda.gated_linear(*arguments)
+    out = x @ weight.T
+    with pytest.raises(ValueError, match="out must be"):
+        cuda.gated_delta(out[:-1], x, U, B, tau)
+    with pytest.raises(ValueError, match="out must be"):
+        cuda.correct(out[:-1], x, U, B, torch.ones(4, dtype=torch.bool, device=DEVICE))
+    with pytest.raises(ValueError, match="fire must cover"):
+        cuda.correct(out, x, U, B, torch.ones(3, dtype=torch.bool, device=DEVICE))
+
+
+def test_bounds_with_a_stride_and_past_the_end() -> None:
+    x, weight, bias, U, B = problem(12, 37, 70, 9, torch.float32)
+    norm, alpha = reference.delta_norm(x, B), torch.tensor(1.1, device=DEVICE)
+    bounds = torch.tensor([0, 5, 12], dtype=torch.int32, device=DEVICE)
+    expected = cuda.sequence_gate(norm, alpha, None, bounds)
+    strided = torch.stack([bounds, bounds + 7], dim=1)[:, 0]
+    past = torch.tensor([0, 5, 90], dtype=torch.int32, device=DEVICE)  # nothing behind the last token is written
+    for others in (strided, past):
+        for one, other in zip(cuda.sequence_gate(norm, alpha, None, others), expected, strict=True):
+            assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("tokens", [3, 100, 300])
+def test_a_delta_of_another_dtype_than_the_models(tokens: int) -> None:
+    x, weight, bias, U, B = problem(tokens, 37, 70, 9, torch.float32)
+    narrow, tau = x.bfloat16(), between(reference.delta_norm(x, B))
+    out, fire, _ = cuda.gated_linear(narrow, weight.bfloat16(), bias.bfloat16(), U, B, tau)
+    plain = torch.nn.functional.linear(narrow, weight.bfloat16(), bias.bfloat16())
+    expected = reference.gated_delta(plain, narrow, U, B, tau)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(fire, expected[1])
+    torch.testing.assert_close(out, expected[0], rtol=1e-2, atol=1e-2)
+
+
 def test_sequence_padded_and_packed(way: str) -> None:
     x, weight, bias, U, B = problem(33, 40, 70, 9, torch.float32)
     delta, alpha = (weight, bias, U, B), torch.tensor(1.1, device=DEVICE)

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from fnmatch import fnmatch
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -326,6 +327,9 @@ class FakeHub:
 
     def upload_folder(self, *, repo_id: str, folder_path: str, **options: Any) -> str:
         self.calls.append(("upload_folder", {"repo_id": repo_id, **options}))
+        for path in (self.folder / repo_id).iterdir():
+            if any(fnmatch(path.name, pattern) for pattern in options["delete_patterns"]):
+                path.unlink()
         for pattern in options["allow_patterns"]:
             for path in Path(folder_path).glob(pattern):
                 shutil.copy2(path, self.folder / repo_id)
@@ -354,6 +358,21 @@ def test_push_to_hub_and_load_from_it(tmp_path: Path, monkeypatch: pytest.Monkey
     assert model.coachhook.edit_set.num_edits == 4
     ids = torch.tensor([tiny_tokenizer()("Ann is").input_ids])
     assert model(ids).logits.isfinite().all()
+
+
+def test_a_push_replaces_the_edit_set_and_leaves_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", FakeHub(tmp_path))
+    store.push_to_hub(edit_set(2, "model"), "ann/model")
+    weights = ["model.safetensors", "model-00001-of-00002.safetensors", "adapter_model.safetensors"]
+    for name in weights:
+        (tmp_path / "ann" / "model" / name).write_bytes(b"weights")
+    store.push_to_hub(edit_set(1, "model"), "ann/model")
+    assert store.load(tmp_path / "ann" / "model").num_edits == 2
+    left = {path.name for path in (tmp_path / "ann" / "model").glob("*.safetensors")}
+    assert left > set(weights)
+    assert len(left) == len(weights) + 2  # one of weights, one batch
 
 
 def test_a_name_that_is_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -126,7 +126,7 @@ def load_config(arguments: argparse.Namespace, *, edits: Path | None = None) -> 
     """Settings of --config, --layers, --gate and --set, later ones first; of `edits` where none are given."""
     import yaml
 
-    from coachhook_fast.config import EditConfig, read_yaml
+    from coachhook_fast.config import EditConfig, number_in, read_yaml
     from coachhook_fast.manifest import read_manifest
 
     values: dict[str, Any] = {}
@@ -143,20 +143,10 @@ def load_config(arguments: argparse.Namespace, *, edits: Path | None = None) -> 
             key, equals, value = setting.partition("=")
             if not equals:
                 raise ValueError(f"--set must be KEY=VALUE, got {setting!r}")
-            values[key.strip()] = _value(value)
+            values[key.strip()] = number_in(yaml.safe_load(value))
         return EditConfig.from_dict(values)
     except (TypeError, yaml.YAMLError) as error:
         raise ValueError(str(error)) from error
-
-
-def _value(text: str) -> Any:
-    """A YAML value; YAML 1.1 takes 1e-3 for text, so numbers are tried first."""
-    import yaml
-
-    try:
-        return float(text) if any(sign in text for sign in ".eE") else int(text)
-    except ValueError:
-        return yaml.safe_load(text)
 
 
 def _layers(text: str) -> tuple[int, ...]:

@@ -50,7 +50,7 @@ def warn_without_extension() -> None:
         _warned.set()
         warnings.warn(
             f"coachhook-fast runs without its C++ extension ({_REASON}): results are the same, CPU work is "
-            "slower. Install a C++20 compiler and CMake, then "
+            "slower. Install GCC >= 12 or clang, and CMake, then "
             "`pip install --no-build-isolation coachhook-fast`.",
             RuntimeWarning,
             stacklevel=4,

@@ -47,6 +47,34 @@ def _flat(mask: Tensor | None) -> Tensor | None:
     return None if mask is None else mask.to(torch.bool).reshape(-1).contiguous()
 
 
+def _check(
+    x: Tensor,
+    U: Tensor | None,
+    B: Tensor,
+    *,
+    out: Tensor | None = None,
+    weight: Tensor | None = None,
+    sketch: Tensor | None = None,
+    mask: Tensor | None = None,
+    fire: Tensor | None = None,
+) -> None:
+    """ValueError for shapes that the kernels, which go by pointers, would read past; the CPU operator's rules."""
+    tokens, m = x.shape[:-1], B.shape[0] if U is None else U.shape[0]
+    if B.dim() != 2 or x.shape[-1:] != B.shape[1:]:
+        raise ValueError(f"x must be [..., d] and B [r, d], got {list(x.shape)} and {list(B.shape)}")
+    if U is not None and (U.shape[1:] != B.shape[:1] or U.dtype != B.dtype):
+        raise ValueError(f"U must be [m, {B.shape[0]}] in {B.dtype}, got {list(U.shape)} in {U.dtype}")
+    if weight is not None and weight.shape != (m, x.shape[-1]):
+        raise ValueError(f"weight must be {[m, x.shape[-1]]}, got {list(weight.shape)}")
+    if sketch is not None and (sketch.shape[1:] != B.shape[1:] or sketch.dtype != B.dtype):
+        raise ValueError(f"sketch must be [s, {B.shape[1]}] in {B.dtype}, got {list(sketch.shape)} in {sketch.dtype}")
+    if out is not None and out.shape != (*tokens, m):
+        raise ValueError(f"out must be {[*tokens, m]}, got {list(out.shape)}")
+    for name, flags in (("mask", mask), ("fire", fire)):
+        if flags is not None and flags.numel() != tokens.numel():
+            raise ValueError(f"{name} must cover {tokens.numel()} tokens, got {list(flags.shape)}")
+
+
 def _limits(x: Tensor, threshold: Tensor, gate: str) -> Tensor:
     """``[]``, or ``[tokens]`` fp32 under `relative`."""
     if gate != "relative":
@@ -170,6 +198,7 @@ def gated_linear(
 ) -> GateOutput:
     """``ops.gated_linear`` by the dispatch table."""
     reference.check_gate(gate, threshold)
+    _check(x, U, B, weight=weight, sketch=sketch, mask=mask)
     if not _has_kernels(x, B):
         out = torch.nn.functional.linear(x, weight, bias)
         return reference.gated_delta(out, x, U, B, threshold, gate, mask, cu_seqlens, state)
@@ -178,6 +207,8 @@ def gated_linear(
     one_each = gate != "sequence" or (cu_seqlens is None and sequence_rows(x.shape[:-1], mask, state) == tokens)
     if chosen == "decode" and not one_each:
         chosen = "fused"
+    if not x.dtype == weight.dtype == B.dtype:  # a kernel that computes both would round one to the other's
+        chosen = "separate"
     shape = (*x.shape[:-1], weight.shape[0])
     with _on(x):
         if chosen == "decode":
@@ -219,6 +250,7 @@ def gated_delta(
 ) -> GateOutput:
     """``ops.gated_delta``: the delta's kernels on a copy of the base's output."""
     reference.check_gate(gate, threshold)
+    _check(x, U, B, out=out, sketch=sketch, mask=mask)
     if not _has_kernels(x, B):
         return reference.gated_delta(out, x, U, B, threshold, gate, mask, cu_seqlens, state)
     result = out.clone(memory_format=torch.contiguous_format)
@@ -230,6 +262,7 @@ def gated_delta(
 
 def delta_norm(x: Tensor, B: Tensor) -> Tensor:
     """``ops.delta_norm``."""
+    _check(x, None, B)
     if not _has_kernels(x, B):
         return reference.delta_norm(x, B)
     from coachhook_fast.kernels import delta_norm as project_kernels
@@ -262,6 +295,7 @@ def sequence_gate(
 
 def correct(out: Tensor, x: Tensor, U: Tensor | None, B: Tensor, fire: Tensor) -> Tensor:
     """``ops.correct``."""
+    _check(x, U, B, out=out, fire=fire)
     if not _has_kernels(x, B):
         return reference.correct(out, x, U, B, fire)
     from coachhook_fast.kernels import delta_norm as project_kernels
