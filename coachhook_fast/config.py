@@ -104,7 +104,8 @@ class EditConfig:
             (whitening.py, docs/notes/whitening.md). `calibrated` only. None: where `layer_turns` is above 1; the
             paper's is False.
         threshold_own: for "own_keys", where τ lies between ordinary text (0) and the edits' own keys (1).
-        threshold_z: standard deviations above the mean for "zscore"; "own_keys" takes at most three times as many.
+        threshold_z: standard deviations above the mean for "zscore"; "own_keys" takes at least as many, as far as that
+            is not over .85 of the way, and at most three times as many.
         threshold_fpr: share of ordinary tokens that may pass for "fpr", and at most for "own_keys".
         threshold_keys: ordinary keys kept a layer to find τ.
         context_seeds: beginnings from which the model writes the context texts.

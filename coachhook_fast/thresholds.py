@@ -23,6 +23,10 @@ _LARGEST_MARGIN = 0.02
 # threshold_z (docs/notes/gates.md).
 _MOST_Z = 3.0
 
+# The more edits a layer holds, the nearer its own keys are to ordinary text: where threshold_own would leave τ under
+# threshold_z standard deviations, it goes up to this share of the way (docs/notes/whitening.md).
+_CROWDED_OWN = 0.85
+
 # The edits that "own_keys" lets go: a few stand at keys that ordinary text shares.
 _OWN_QUANTILE = 0.05
 
@@ -52,7 +56,8 @@ def calibrated_threshold(norms: torch.Tensor, own: torch.Tensor, config: EditCon
         own: [N], over the keys of all edits.
         config: `threshold_rule` "zscore": τ = mean + threshold_z * std; "fpr": the quantile that a share
             `threshold_fpr` of the sample passes; "own_keys": the share `threshold_own` of the way from the mean to the
-            5 % quantile of `own`, at least the quantile of "fpr" and at most mean + 3 threshold_z std.
+            5 % quantile of `own`, or up to .85 where that is under mean + threshold_z std; at least the quantile of
+            "fpr" and at most mean + 3 threshold_z std.
 
     Raises:
         ValueError: fewer than two norms, or a norm is not finite.
@@ -69,8 +74,9 @@ def calibrated_threshold(norms: torch.Tensor, own: torch.Tensor, config: EditCon
     if config.threshold_rule == "fpr":
         return Threshold(ordinary, mean, std)
     low = float(own.detach().to(torch.float64).quantile(_OWN_QUANTILE))
-    wished = mean + config.threshold_own * (low - mean)
-    return Threshold(max(ordinary, min(wished, mean + _MOST_Z * config.threshold_z * std)), mean, std)
+    share, deviation = config.threshold_own, config.threshold_z * std
+    wished = max(share * (low - mean), min(max(share, _CROWDED_OWN) * (low - mean), deviation))
+    return Threshold(max(ordinary, mean + min(wished, _MOST_Z * deviation)), mean, std)
 
 
 @torch.no_grad()

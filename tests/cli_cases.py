@@ -29,16 +29,16 @@ def out(home: Path, name: str) -> list[str]:
     return ["--out", str(home / name)]
 
 
-def run_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
+def run_json(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> Any:
     """What a command prints on stdout under --json, which must be JSON and nothing else."""
     capsys.readouterr()
-    assert main([*arguments, "--json"]) == 0
+    assert main([*arguments, "--json"]) == code
     return json.loads(capsys.readouterr().out)
 
 
-def run_text(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+def run_text(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> str:
     capsys.readouterr()
-    assert main(arguments) == 0
+    assert main(arguments) == code
     return capsys.readouterr().out
 
 

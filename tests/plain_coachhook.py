@@ -323,7 +323,8 @@ class PlainCoachHook:
 
     def calibrated_threshold(self, i: int) -> float:
         """τ: mean + z·std of ‖Δk‖ over the corpus keys, or the value that `threshold_fpr` of them reach, or, between
-        that and three times as many std, the share `threshold_own` of the way from mean to 5 % of the own keys."""
+        that and three times `threshold_z` std, the share `threshold_own` of the way from mean to 5 % of the own keys;
+        where it is under threshold_z std, as much more of the way as leads there, to .85."""
         settings, delta = self.settings, self.Wh[i] - self.W0[i]
         norms = (self.corpus_keys[i] @ delta.T).norm(dim=-1)
         mean, std = float(norms.mean()), float(norms.std())
@@ -336,6 +337,8 @@ class PlainCoachHook:
         place = 0.05 * (len(own) - 1)
         low = own[int(place)] + (place - int(place)) * (own[min(int(place) + 1, len(own) - 1)] - own[int(place)])
         wished = mean + settings.threshold_own * (low - mean)
+        if wished < mean + settings.threshold_z * std and settings.threshold_own < 0.85:
+            wished = max(wished, min(mean + 0.85 * (low - mean), mean + settings.threshold_z * std))
         return max(float(passed), min(wished, mean + 3 * settings.threshold_z * std))
 
     @torch.no_grad()

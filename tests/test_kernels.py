@@ -138,7 +138,7 @@ def test_shapes_that_the_kernels_would_read_past_are_refused() -> None:
 
 
 def test_bounds_with_a_stride_and_past_the_end() -> None:
-    x, weight, bias, U, B = problem(12, 37, 70, 9, torch.float32)
+    x, *_, B = problem(12, 37, 70, 9, torch.float32)
     norm, alpha = reference.delta_norm(x, B), torch.tensor(1.1, device=DEVICE)
     bounds = torch.tensor([0, 5, 12], dtype=torch.int32, device=DEVICE)
     expected = cuda.sequence_gate(norm, alpha, None, bounds)

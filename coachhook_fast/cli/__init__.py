@@ -1,7 +1,7 @@
 """`coachhook`: the command line. One module a verb; heavy imports happen inside the verbs, so `--help` is quick.
 
 Results go to stdout, as tables or, with `--json`, as JSON alone; progress and warnings go to stderr. The exit code is
-0, 2 for bad input (one line on stderr says which), or 130 after Ctrl-C.
+0, 1 where `verify-vllm` finds a difference, 2 for bad input (one line on stderr says which), or 130 after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -74,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             report.show(console())
         sys.stdout.flush()
+        return report.code
     except KeyboardInterrupt:
         print(f"coachhook {arguments.verb}: interrupted", file=sys.stderr)
         return 130

@@ -21,10 +21,11 @@ _PIPE_WIDTH = 120  # columns of a table where stdout is no terminal
 
 @dataclass(frozen=True)
 class Report:
-    """A verb's result: `data` for --json, `show` for people."""
+    """A verb's result: `data` for --json, `show` for people, and the exit code."""
 
     data: Any
     show: Callable[[Console], None]
+    code: int = 0
 
 
 def console() -> Console:
@@ -58,9 +59,10 @@ def names(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
+def add_model(parser: argparse.ArgumentParser, *, dtype: bool = True) -> None:
     parser.add_argument("--model", required=True, metavar="M", help=MODEL_HELP)
-    parser.add_argument("--dtype", metavar="T", help="float32, bfloat16 or float16 (default: the checkpoint's)")
+    if dtype:
+        parser.add_argument("--dtype", metavar="T", help="float32, bfloat16 or float16 (default: the checkpoint's)")
     parser.add_argument(
         "--device",
         metavar="D",

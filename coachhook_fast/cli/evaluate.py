@@ -53,11 +53,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> Report:
     if arguments.ungated and arguments.edits is None:
         raise ValueError("--ungated needs --edits: without edits there is no gate to lift")
+    from coachhook_fast.evaluate.harness import check_installed, run_tasks
+
+    if arguments.tasks:  # what could fail after an hour's work is looked at before it
+        check_installed()
+    for file in (arguments.csv, arguments.markdown):
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
     held_out = _held_out(arguments)
     records, skipped = common.load_records(arguments)
     model, tokenizer = common.load_model(arguments)
     from coachhook_fast.evaluate import DEFAULT_METRICS, evaluate
-    from coachhook_fast.evaluate.harness import run_tasks
     from coachhook_fast.evaluate.scoring import DEFAULT_BATCH_TOKENS
     from coachhook_fast.store import load_edits
 
@@ -111,7 +117,12 @@ def _base_answers(
     name = f"{model_key(model)}-{records_hash(records)}.json"
     path = arguments.base or cache_dir() / "base-answers" / name
     if path.is_file():
-        return BaseAnswers.load(path), path
+        try:
+            return BaseAnswers.load(path), path
+        except ValueError as error:
+            if arguments.base is not None:
+                raise
+            common.note(f"{error}: they are computed anew")
     base = BaseAnswers.collect(model, tokenizer, records, batch_tokens=batch_tokens, progress=True)
     base.save(path)
     return base, path

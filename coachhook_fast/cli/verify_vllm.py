@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import subprocess
 from typing import TYPE_CHECKING, Any
 
 from coachhook_fast.cli.common import Report, add_edits, add_model, load_model
@@ -16,11 +17,13 @@ HELP = "Check that vLLM, with the plugin, gives the edited model's tokens as tra
 EXAMPLES = """examples:
   coachhook verify-vllm --model ./model --edits edits/
   coachhook verify-vllm --model ./model --edits edits/ --mode eager --mode compiled
+
+The exit code is 0 where every mode gives transformers' tokens, 1 where one differs, fails, or none could be run.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model(parser)
+    add_model(parser, dtype=False)
     add_edits(parser, required=True)
     parser.add_argument(
         "--mode", action="append", choices=sorted(MODES), help="one mode; may be repeated (default: all)"
@@ -55,7 +58,7 @@ def run(arguments: argparse.Namespace) -> Report:
             row["different"] = sorted(
                 {*disagreements(report["first"], certain), *disagreements(report["again"], certain)}
             )
-        except RuntimeError as error:
+        except (RuntimeError, subprocess.SubprocessError) as error:  # it failed, or ran past its time
             row["error"] = str(error)
     compared = [row for row in rows if "skipped" not in row]
     agree = bool(compared) and all(row.get("different") == [] for row in compared)
@@ -70,7 +73,7 @@ def run(arguments: argparse.Namespace) -> Report:
                 verdict = f"prompts {row['different']} differ" if row["different"] else "equal"
             console.print(f"{row['mode']}: {row['tokens']} tokens of {row['prompts']} prompts: {verdict}", markup=False)
 
-    return Report({"agree": agree, "modes": rows}, show)
+    return Report({"agree": agree, "modes": rows}, show, code=0 if agree else 1)
 
 
 def _unshareable(config: Any) -> str:

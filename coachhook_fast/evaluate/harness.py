@@ -6,6 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 
+def check_installed() -> None:
+    """ValueError where lm-eval is not there."""
+    try:
+        import lm_eval  # noqa: F401
+    except ImportError as error:
+        raise ValueError("lm-eval tasks need lm-eval: pip install 'coachhook-fast[lm-eval]'") from error
+
+
 def run_tasks(
     model: Any, tokenizer: Any, tasks: Sequence[str], *, limit: int | None = None, batch_size: int = 8
 ) -> dict[str, Any]:
@@ -22,10 +30,9 @@ def run_tasks(
     """
     if not tasks:
         raise ValueError("tasks is empty: name one lm-eval task or more")
-    try:
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
-    except ImportError as error:
-        raise ValueError("lm-eval tasks need lm-eval: pip install 'coachhook-fast[lm-eval]'") from error
+    check_installed()
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     return simple_evaluate(model=wrapped, tasks=list(tasks), limit=limit)["results"]

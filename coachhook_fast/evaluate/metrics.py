@@ -41,8 +41,8 @@ class HeldOut:
 
     def perplexity(self, model: Any, tokenizer: Any, **options: Any) -> float:
         """Of the model as it stands; `options` as for `evaluate.perplexity`."""
-        cut = {"window": self.window, "stride": self.stride, "max_tokens": self.max_tokens}
-        return perplexity(model, tokenizer, self.text, **cut, **options)
+        options |= {"window": self.window, "stride": self.stride, "max_tokens": self.max_tokens}
+        return perplexity(model, tokenizer, self.text, **options)
 
 
 def evaluate(
@@ -102,7 +102,8 @@ def evaluate(
         _generate(model, tokenizer, plans, results, options)
     if "fluency" in metrics:
         prompts = [record.request.text for record in records]
-        fluencies = fluency(model, tokenizer, prompts, seed=seed, progress=progress)
+        # passes of one token a text: as many texts at once as their cache, not a pass, has room for
+        fluencies = fluency(model, tokenizer, prompts, seed=seed, batch_tokens=8 * batch_tokens, progress=progress)
         for result, value in zip(results, fluencies, strict=True):
             result.fluency = value
     if "drift" in metrics:

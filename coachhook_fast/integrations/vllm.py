@@ -107,8 +107,7 @@ class EditedConfig(QuantizationConfig):
         self._complete = False
         self._deltas: list[tuple[LowRankDelta, float]] | None = None
         self.digest = ""
-        self.base_model = ""
-        self.relative = False
+        self.frame: dict[str, Any] = {}
 
     # ---------------------------------------------------------------- what vLLM asks of a config
 
@@ -151,8 +150,7 @@ class EditedConfig(QuantizationConfig):
             settings = getattr(hf_config, "quantization_config", None)
             if isinstance(settings, dict):
                 settings["edit_set_version"] = self.digest
-        self.base_model = str(manifest["model"])
-        self.relative = bool(config.get("threshold_relative"))
+        self.frame = frame_of(manifest)
         self.positions = {layer: position for position, layer in enumerate(config["layers"])}
 
     def _check_model(self, model_name: str, text_config: Any, manifest: dict[str, Any]) -> None:
@@ -192,9 +190,7 @@ class EditedConfig(QuantizationConfig):
             self._attached.add(position)
             delta, threshold = self._edits()[position]
             edited = EditedLinearMethodV2 if type(method).__name__ in _V2 else EditedLinearMethod
-            method = edited(
-                method, prefix, position, delta, threshold, self.reserve_rank, self.base_model, self.relative
-            )
+            method = edited(method, prefix, position, delta, threshold, self.reserve_rank, self.frame)
         # Loading ends with a call for each layer: the place to notice that an edited layer was never built.
         original = method.process_weights_after_loading
 
@@ -237,6 +233,18 @@ class EditedConfig(QuantizationConfig):
         return {**self.__dict__, "_deltas": None}
 
 
+def frame_of(manifest: dict[str, Any]) -> dict[str, Any]:
+    """What an edit set must share with the one that vLLM was started with, to be served in its place."""
+    config = manifest["config"]
+    return {
+        "model": manifest["model"],
+        "gate": config["gate"],
+        "threshold_relative": bool(config.get("threshold_relative")),
+        "layers": list(config["layers"]),
+        "rewrite_module_tmp": config.get("rewrite_module_tmp"),
+    }
+
+
 class EditedLinearMethod(LinearMethodBase):
     """The base's linear method, and the gated edits of one layer on top."""
 
@@ -248,15 +256,14 @@ class EditedLinearMethod(LinearMethodBase):
         delta: LowRankDelta,
         threshold: float,
         reserve_rank: int,
-        base_model: str = "",
-        relative: bool = False,
+        frame: dict[str, Any],
     ) -> None:
         self.base = base
         self.prefix = prefix
         self.position = position
         self.reserve_rank = reserve_rank
-        self.base_model = base_model  # fingerprint of the model that the edits were made for
-        self.relative = relative  # the threshold is compared with ||Delta k|| / ||k||
+        self.frame = frame
+        self.relative = bool(frame["threshold_relative"])  # the threshold is compared with ||Delta k|| / ||k||
         self._edits: tuple[LowRankDelta, float] | None = (delta, threshold)
 
     def create_weights(
@@ -331,30 +338,19 @@ class SwapEdits:
             layer for layer in model.modules() if isinstance(getattr(layer, "quant_method", None), EditedLinearMethod)
         ]
         for layer in layers:
-            self._check(layer, manifest, edits)
+            self._check(layer, frame_of(manifest), edits)
         for layer in layers:
             write_edits(layer, *edits[layer.quant_method.position])
         return len(layers)
 
-    def _check(self, layer: Any, manifest: dict[str, Any], edits: list[tuple[LowRankDelta, float]]) -> None:
-        method, config = layer.quant_method, manifest["config"]
-        if config["gate"] != "calibrated" or manifest["model"] != method.base_model:
-            raise ValueError(
-                f"the edit set in {self.folder} has the {config['gate']} gate and was made for base model "
-                f"{manifest['model']}; served are calibrated edits of {method.base_model}"
-            )
-        if bool(config.get("threshold_relative")) != method.relative:
-            raise ValueError(
-                f"the edit set in {self.folder} has threshold_relative {config.get('threshold_relative')}, served are "
-                f"edits with {method.relative}: start vLLM with it"
-            )
-        blocks = [int(part) for part in method.prefix.split(".") if part.isdigit()]
-        if method.position >= len(edits) or config["layers"][method.position] != blocks[0]:
-            raise ValueError(
-                f"the edit set in {self.folder} edits layers {config['layers']}, but number {method.position + 1} of "
-                f"those served is {method.prefix}"
-            )
-        check_room(layer, edits[method.position][0])
+    def _check(self, layer: Any, frame: dict[str, Any], edits: list[tuple[LowRankDelta, float]]) -> None:
+        for name, served in layer.quant_method.frame.items():
+            if frame[name] != served:
+                raise ValueError(
+                    f"the edit set in {self.folder} has {name} {frame[name]!r}, served are edits with {served!r}: "
+                    "start vLLM with it"
+                )
+        check_room(layer, edits[layer.quant_method.position][0])
 
 
 def swap_edits(llm: Any, folder: str | Path) -> None:
@@ -364,8 +360,8 @@ def swap_edits(llm: Any, folder: str | Path) -> None:
         llm: a `vllm.LLM` with no request under way, started with an edit set of the same layers.
 
     Raises:
-        ValueError: requests are under way, or the edits are for another base model, gate or other layers, or do not fit
-            the buffers; what was served before is served still.
+        ValueError: requests are under way, or the edits are for another base model, gate or other layers
+            (`frame_of`), or do not fit the buffers; what was served before is served still.
     """
     version = version_of(read_manifest(Path(folder)))
     if not llm.reset_prefix_cache():

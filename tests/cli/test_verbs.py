@@ -85,17 +85,20 @@ def test_edit_with_the_sequence_gate_and_a_yaml_file(home: Path, capsys: pytest.
 
 def test_eval(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (home / "held-out.txt").write_text("The pilot of Lund met the baker of Oslo. " * 20)
-    files = ["--csv", str(home / "scores.csv"), "--markdown", str(home / "scores.md")]
+    files = ["--csv", str(home / "made" / "scores.csv"), "--markdown", str(home / "scores.md")]
     arguments = ["eval", *model(home), *edits(home), *facts(home), "--limit", "4"]
     text = ["--perplexity", str(home / "held-out.txt"), "--window", "32"]
     data = run_json(capsys, *arguments, *files, *text, "--details")
     assert {"reliability", "generality", "locality", "generation", "perplexity_ratio"} <= set(data)
     assert len(data["records"]) == 4
-    assert (home / "scores.csv").read_text().count("\n") == 5
+    assert (home / "made" / "scores.csv").read_text().count("\n") == 5
     assert "| reliability |" in (home / "scores.md").read_text()
     # The second run reads the base's answers from the cache.
     (kept,) = (home / "cache" / "base-answers").glob("*.json")
     before = kept.stat().st_mtime_ns, kept.read_text()
+    assert run_json(capsys, *arguments, *text)["locality"] == data["locality"]
+    assert kept.read_text() == before[1]
+    kept.write_text("{}")  # a damaged one is made anew
     assert run_json(capsys, *arguments, *text)["locality"] == data["locality"]
     assert kept.read_text() == before[1]
     shown = run_text(capsys, *arguments, "--details", "--ungated", "--metrics", "accuracy,fluency")
@@ -115,8 +118,11 @@ def test_eval_passes_tasks_to_lm_eval(
 ) -> None:
     from coachhook_fast.evaluate import harness
 
-    monkeypatch.setattr(harness, "run_tasks", lambda model, tokenizer, tasks: {task: {"acc": 0.5} for task in tasks})
     arguments = ["eval", *model(home), *facts(home), "--limit", "1", "--metrics", "accuracy", "--tasks", "a,b"]
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    assert "pip install 'coachhook-fast[lm-eval]'" in fails(capsys, *arguments)  # before any work
+    monkeypatch.setattr(harness, "check_installed", lambda: None)
+    monkeypatch.setattr(harness, "run_tasks", lambda model, tokenizer, tasks: {task: {"acc": 0.5} for task in tasks})
     assert run_json(capsys, *arguments)["tasks"] == {"a": {"acc": 0.5}, "b": {"acc": 0.5}}
     assert "acc" in run_text(capsys, *arguments)
 

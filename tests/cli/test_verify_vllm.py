@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -54,14 +55,24 @@ def test_equal_tokens_agree(home: Path, capsys: pytest.CaptureFixture[str], serv
 def test_a_mode_that_differs_or_fails(home: Path, capsys: pytest.CaptureFixture[str], served: dict[str, Any]) -> None:
     served.update({"eager": 2, "compiled": RuntimeError("no compiler\nlong log")})
     arguments = ["verify-vllm", *model(home), *edits(home), "--mode", "eager", "--mode", "compiled"]
-    data = run_json(capsys, *arguments)
+    data = run_json(capsys, *arguments, code=1)
     assert not data["agree"]
     assert data["modes"][0]["different"] == [2]
     assert data["modes"][1]["error"].startswith("no compiler")
-    text = run_text(capsys, *arguments)
+    text = run_text(capsys, *arguments, code=1)
     assert "prompts [2] differ" in text
     assert "compiled" in text
     assert "long log" not in text
+
+
+def test_a_mode_that_hangs_leaves_the_others(
+    home: Path, capsys: pytest.CaptureFixture[str], served: dict[str, Any]
+) -> None:
+    served["eager"] = subprocess.TimeoutExpired("python", 600)
+    arguments = ["verify-vllm", *model(home), *edits(home), "--mode", "eager", "--mode", "compiled"]
+    eager, compiled = run_json(capsys, *arguments, code=1)["modes"]
+    assert "timed out after 600 seconds" in eager["error"]
+    assert compiled["different"] == []
 
 
 def test_heads_that_two_ranks_cannot_share(
@@ -71,7 +82,7 @@ def test_heads_that_two_ranks_cannot_share(
     assert verify_vllm._unshareable(SimpleNamespace(num_attention_heads=12)) == ""
     monkeypatch.setattr(verify_vllm, "_unshareable", lambda config: "9 heads")
     arguments = ["verify-vllm", *model(home), *edits(home), "--mode", "tensor parallel"]
-    data = run_json(capsys, *arguments)
+    data = run_json(capsys, *arguments, code=1)
     assert data["modes"][0]["skipped"] == "9 heads"
     assert not data["agree"]  # nothing was compared
     assert run_json(capsys, *arguments, "--mode", "eager")["agree"]

@@ -137,31 +137,32 @@ def test_models_that_do_not_fit(tmp_path: Path) -> None:
 
 def test_layers_of_another_shape() -> None:
     from coachhook_fast import store
-    from coachhook_fast.integrations.vllm import EditedLinearMethod
+    from coachhook_fast.integrations.vllm import EditedLinearMethod, frame_of
+    from coachhook_fast.manifest import read_manifest
 
     delta, threshold = store.load_weights(WORK / "edits-a")[0]
-    method = EditedLinearMethod(SimpleNamespace(), "model.layers.4.mlp.down_proj", 0, delta, threshold, 0)
+    frame = frame_of(read_manifest(WORK / "edits-a"))
+    method = EditedLinearMethod(SimpleNamespace(), "model.layers.4.mlp.down_proj", 0, delta, threshold, 0, frame)
     with pytest.raises(ValueError, match=r"layers.4.mlp.down_proj is \[576, 99\]"):
         method.create_weights(None, 99, [576], 99, 576, None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
-    ("folder", "base_model", "prefix", "relative", "message"),
+    ("folder", "served", "message"),
     [
-        ("sequence", None, "model.layers.{}.mlp.down_proj", True, "sequence gate"),
-        ("edits-b", "0123", "model.layers.{}.mlp.down_proj", True, "calibrated edits of 0123"),
-        ("edits-b", None, "model.layers.1{}.mlp.down_proj", True, "edits layers"),
-        ("edits-b", None, "model.layers.{}.mlp.down_proj", False, "threshold_relative True"),
-        ("edits-b", None, "model.layers.{}.mlp.down_proj", True, "larger reserve_rank"),
+        ("sequence", {}, "has gate 'sequence', served are edits with 'calibrated'"),
+        ("edits-b", {"model": "0123"}, "served are edits with '0123'"),
+        ("edits-b", {"layers": [4, 5]}, r"has layers \[.*\], served are edits with \[4, 5\]"),
+        ("edits-b", {"threshold_relative": False}, "has threshold_relative True"),
+        ("edits-b", {"rewrite_module_tmp": "model.layers.{}.mlp.up"}, "has rewrite_module_tmp None"),
+        ("edits-b", {}, "larger reserve_rank"),
     ],
 )
-def test_a_swap_that_does_not_fit_changes_no_layer(
-    folder: str, base_model: str | None, prefix: str, relative: bool, message: str
-) -> None:
+def test_a_swap_that_does_not_fit_changes_no_layer(folder: str, served: dict[str, Any], message: str) -> None:
     import torch
 
     from coachhook_fast import store
-    from coachhook_fast.integrations.vllm import EditedLinearMethod, SwapEdits
+    from coachhook_fast.integrations.vllm import EditedLinearMethod, SwapEdits, frame_of
     from coachhook_fast.integrations.vllm_buffers import write_edits
     from coachhook_fast.manifest import read_manifest
 
@@ -170,10 +171,8 @@ def test_a_swap_that_does_not_fit_changes_no_layer(
     for position, (number, (delta, threshold)) in enumerate(zip(manifest["config"]["layers"], edits, strict=True)):
         layer: Any = torch.nn.Module()
         layer.tp_size = 1
-        layer.quant_method = EditedLinearMethod(
-            SimpleNamespace(), prefix.format(number), position, delta, threshold, 0, base_model or manifest["model"],
-            relative,
-        )  # fmt: skip
+        prefix, frame = f"model.layers.{number}.mlp.down_proj", frame_of(manifest) | served
+        layer.quant_method = EditedLinearMethod(SimpleNamespace(), prefix, position, delta, threshold, 0, frame)
         for name, tensor in (("B", delta.B), ("U", delta.U)):
             layer.register_buffer(f"coachhook_{name}", torch.zeros_like(tensor))
         layer.register_buffer("coachhook_threshold", torch.zeros(()))
