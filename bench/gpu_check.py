@@ -1,4 +1,4 @@
-"""What `make gpu-check` runs on a GPU machine: GPU tests, then the gated projection's rows, then the issue's table.
+"""What `make gpu-check` runs on a GPU machine: GPU tests, then the gated projection's rows, then the table of limits.
 
 The rows land in bench/results/gated-linear-<gpu>.json; the script fails if a test fails or an answer is wrong.
 """
@@ -16,7 +16,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = [f"tests/test_{name}.py" for name in ("kernels", "gated_linear", "layer", "aot", "cholesky", "memory")]
-# (shape, rank, tokens, ours over the plain projection at most), of the issue
+# (shape, rank, tokens, ours over the plain projection at most)
 LIMITS = (
     ("gpt-j", 100, 1, 1.08),
     ("gpt-j", 1000, 1, 1.35),

@@ -183,8 +183,9 @@ def _base(model: Any, tokenizer: Any, plan: Plan, count: int) -> BaseAnswers:
     stored = BaseAnswers.load(path) if path.is_file() else None
     base = stored or BaseAnswers.collect(model, tokenizer, records, batch_tokens=2048)
     if plan.held_out is not None and plan.held_out_key not in base.perplexity:
-        for other in sorted(folder.glob(f"{name}-*.json")):
-            base.perplexity = BaseAnswers.load(other).perplexity | base.perplexity
+        for other in map(BaseAnswers.load, sorted(folder.glob("*.json"))):
+            if other.model == base.model:
+                base.perplexity = other.perplexity | base.perplexity
         if plan.held_out_key not in base.perplexity:
             base.perplexity[plan.held_out_key] = plan.held_out.perplexity(model, tokenizer, batch_tokens=2048)
         stored = None

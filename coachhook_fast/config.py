@@ -24,7 +24,8 @@ _EASYEDIT_ONLY = {
 
 _EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 
-# The published settings (arXiv 2403.05330) that the defaults differ from; layers are then those of `default_layers`.
+# The published settings (arXiv 2403.05330) of target values, contexts and steps, with the layers of `default_layers`.
+# The gate ("sequence") and λ (15 000, which suits d from 6 400 on) are left to whoever names them.
 PAPER: dict[str, Any] = {
     "v_lr": 0.5,
     "v_num_grad_steps": 25,
@@ -61,8 +62,9 @@ _SUMMED_WIDTH = 13_824
 class EditConfig:
     """Settings of an editing run; every value is checked when the object is made.
 
-    The defaults are what docs/notes/ found best; `EditConfig(**PAPER)` edits as published. Where `layers` are named, or
-    the gate is `sequence`, the steps of a batch are the paper's unless `layer_turns` and `namesakes` say otherwise.
+    The defaults are what docs/notes/ found best; `EditConfig(**PAPER, gate="sequence", mom2_update_weight=15_000)`
+    edits as published. Where `layers` are named, or the gate is `sequence`, the steps of a batch are the paper's unless
+    `layer_turns` and `namesakes` say otherwise.
 
     Args:
         layers: edited blocks, ascending; None takes `turning_layers` of the model where batches take turns, else

@@ -1,6 +1,6 @@
 """LowRankDelta: all edits of one layer as ``Delta = U B``.
 
-METHOD.md section 4: ``Delta = sum_t R_t X_t^T`` has rank at most the number of edits. With orthonormal
+docs/method.md section 4: ``Delta = sum_t R_t X_t^T`` has rank at most the number of edits. With orthonormal
 columns in ``U``, ``||Delta k|| = ||B k||``, so the gate never needs the ``[m, d]`` matrix. Appending a batch:
 
     A = U^T R,   Q S = R - U A,   U <- [U Q],   B <- [B + A X^T ; S X^T].

@@ -138,6 +138,11 @@ class EditSet:
     def with_batch(self, batch: Batch) -> EditSet:
         return replace(self, batches=(*self.batches, batch))
 
+    def check_updates(self) -> None:
+        """ValueError where the batches came without their updates, which serving needs not (`store.load`)."""
+        if any(not batch.layers for batch in self.batches):
+            raise ValueError("the edit set was loaded for serving, without its batches' updates: read it by store.load")
+
     def own_keys(self, position: int) -> Tensor:
         """K [d, N] of all edits made in edited layer number `position`, oldest first; ValueError where there are no
         batches at all."""
@@ -180,6 +185,7 @@ def without(edit_set: EditSet, batch_id: str, calibrate: Callable[[int, LowRankD
         ValueError: no such batch.
     """
     edit_set.find(batch_id)
+    edit_set.check_updates()
     place = [batch.id for batch in edit_set.batches].index(batch_id)
     rest = (*edit_set.batches[:place], *edit_set.batches[place + 1 :])
     known = rest[-1].thresholds if rest and place == len(rest) else ()

@@ -1,4 +1,4 @@
-"""Editor: the loop over batches of edits (METHOD.md section 2), and nothing else."""
+"""Editor: the loop over batches of edits (docs/method.md section 2), and nothing else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Keys and current values of a batch at the subjects' last tokens (METHOD.md section 2, step 2).
+"""Keys and current values of a batch at the subjects' last tokens (docs/method.md section 2, step 2).
 
 One pass a layer, which starts before the first block whose output the previous update changed and ends after the last
 edited block.

@@ -1,6 +1,6 @@
 """HookLinear: the drop-in FFN down-projection that carries the edits of one layer.
 
-    out = base(x) + fire(x) * U (B x)          (METHOD.md sections 3 and 4)
+    out = base(x) + fire(x) * U (B x)          (docs/method.md sections 3 and 4)
 
 The base layer is called or read, never written: its weight is the model's own storage. Everything the edits
 add lives in one immutable `HookState`, published with those of the model's other hooks as one value

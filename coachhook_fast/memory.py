@@ -1,4 +1,4 @@
-"""The key memory C = λ E[k kᵀ] + Σ K Kᵀ of one layer, held as its Cholesky factor (METHOD.md section 4).
+"""The key memory C = λ E[k kᵀ] + Σ K Kᵀ of one layer, held as its Cholesky factor (docs/method.md section 4).
 
 The factor is packed fp64, d (d + 1) / 2 numbers: as many bytes as the published code's fp32 C (and 4 d more), with
 none of its rounding. Solving with it and adding or removing n keys costs O(d² n) and at most 2 (d + n) n

@@ -1,4 +1,4 @@
-"""A fixed random projection that decides most tokens without measuring them (METHOD.md section 4).
+"""A fixed random projection that decides most tokens without measuring them (docs/method.md section 4).
 
 With ``R`` an ``s x r`` standard normal and ``G = (R / sqrt(s)) B``, the ratio ``||G k||^2 / ||B k||^2`` is
 chi^2_s / s for every key ``k`` that does not depend on ``R``. A token that fires has ``||B k|| >= tau``, so
@@ -18,7 +18,7 @@ from torch import Tensor
 from coachhook_fast.reference.gated_linear import accumulator_dtype
 
 # Rows of the sketch, and the share of ordinary tokens it leaves undecided at an error of 1e-9 (measured,
-# METHOD.md section 4). Used for nothing but the choice of the size below.
+# docs/method.md section 4). Used for nothing but the choice of the size below.
 UNDECIDED = {64: 0.095, 128: 0.055, 256: 0.035}
 # Below this rank all of B costs so little that a second stage cannot pay for itself.
 SMALLEST_RANK = 192

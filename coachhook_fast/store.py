@@ -13,6 +13,7 @@ one's edit set is what stands there. Readers take no lock: one whose files are s
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -52,7 +53,12 @@ _OURS = re.compile(r"(weights|batch)-[0-9a-f]{16}(\.safetensors|\.\d+\.tmp)|edit
 
 
 def save(edit_set: EditSet, folder: Path) -> None:
-    """Writes `edit_set` into `folder`; files of batches that stand there already are kept as they are."""
+    """Writes `edit_set` into `folder`; files of batches that stand there already are kept as they are.
+
+    Raises:
+        ValueError: it was loaded for serving, without its batches' updates.
+    """
+    edit_set.check_updates()
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
         weights = {
@@ -81,16 +87,20 @@ def save(edit_set: EditSet, folder: Path) -> None:
         _sweep(folder, manifest)
 
 
-def load(folder: Path) -> EditSet:
+def load(folder: Path, *, updates: bool = True) -> EditSet:
     """Reads the committed edit set of `folder`.
+
+    Args:
+        updates: False leaves the batches' tensors where they are, the bulk of it, and reads what serving needs: such a
+            set cannot be edited, rolled back or saved.
 
     Raises:
         ValueError: no edit set there, an unknown format or field, a file that is missing or whose checksum differs.
     """
-    return _read_whole(folder, _edit_set_of)
+    return _read_whole(folder, functools.partial(_edit_set_of, updates=updates))
 
 
-def _edit_set_of(folder: Path, manifest: Mapping[str, Any]) -> EditSet:
+def _edit_set_of(folder: Path, manifest: Mapping[str, Any], *, updates: bool) -> EditSet:
     config = EditConfig.from_saved(manifest["config"])
     assert config.layers is not None  # read_manifest has looked
     layers = len(config.layers)
@@ -100,7 +110,7 @@ def _edit_set_of(folder: Path, manifest: Mapping[str, Any]) -> EditSet:
         contexts=tuple(manifest["contexts"]),
         deltas=_read_deltas(folder, manifest),
         thresholds=thresholds_of(manifest["thresholds"], layers),
-        batches=tuple(_read_batch(folder, line, layers) for line in manifest["batches"]),
+        batches=tuple(_read_batch(folder, line, layers, updates=updates) for line in manifest["batches"]),
         statistics=str(manifest.get("statistics", "")),
     )
 
@@ -229,7 +239,7 @@ def load_edits(model: nn.Module, folder: str | Path, *, name: str = DEFAULT, che
         ValueError: the folder holds no edit set, or one of another base model; the model has one already (DEFAULT), or
             others that this one does not fit; the model is unchanged then.
     """
-    edit_set = load(local_folder(folder))
+    edit_set = load(local_folder(folder), updates=False)
     if check:
         check_base(edit_set, fingerprint(model))
     standing = hooks_of(model)
@@ -267,9 +277,9 @@ def _write_batch(folder: Path, batch: Batch) -> dict[str, str]:
     return _write_tensors(folder, "batch", tensors)
 
 
-def _read_batch(folder: Path, line: Mapping[str, Any], layers: int) -> Batch:
+def _read_batch(folder: Path, line: Mapping[str, Any], layers: int, *, updates: bool) -> Batch:
     needed = {f"{position}.{name}" for position in range(layers) for name in _UPDATE}
-    tensors = _read_tensors(folder, line["tensors"], needed)
+    tensors = _read_tensors(folder, line["tensors"], needed) if updates else {}
     return Batch(
         id=line["id"],
         time=line["time"],
@@ -277,7 +287,9 @@ def _read_batch(folder: Path, line: Mapping[str, Any], layers: int) -> Batch:
         metrics=line["metrics"],
         outcomes=outcomes_in(line),
         thresholds=thresholds_of(line["thresholds"], layers) if line["thresholds"] else (),
-        layers=tuple(
+        layers=()
+        if not updates
+        else tuple(
             LayerUpdate(
                 keys=tensors[f"{position}.keys"],
                 residuals=tensors[f"{position}.residuals"],

@@ -1,4 +1,4 @@
-"""Target values v* = v0 + δ of a whole batch at once (METHOD.md section 2, step 1).
+"""Target values v* = v0 + δ of a whole batch at once (docs/method.md section 2, step 1).
 
 For each request, δ minimises
 

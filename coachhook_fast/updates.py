@@ -1,6 +1,7 @@
 """Steps 2 and 3 of a batch: every edited layer takes its share of what is left, then thresholds follow.
 
-METHOD.md section 2. Nothing here is committed: the caller holds the old edit set and the key memories stay as they are.
+docs/method.md section 2. Nothing here is committed: the caller holds the old edit set, and the key memories stay as
+they are.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-// The key memory's factor: solve with it, add keys to it, remove keys from it, in O(d^2 n). METHOD.md
+// The key memory's factor: solve with it, add keys to it, remove keys from it, in O(d^2 n). docs/method.md
 // section 4.
 //
 // L is packed (packed_factor.h), [*, d (d + 1) / 2], fp64 or fp32, contiguous, the lower Cholesky factor of C

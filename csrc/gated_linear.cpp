@@ -1,4 +1,4 @@
-// The gated projection on CPU (METHOD.md sections 3 and 4).
+// The gated projection on CPU (docs/method.md sections 3 and 4).
 //
 //   P = W0 k + b,  c = B k,  M = ||c||,  out = P + fire * U c
 //

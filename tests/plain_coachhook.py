@@ -1,11 +1,11 @@
 """CoachHooK once more, as plainly as it can be said: the oracle of tests/test_parity.py.
 
-Written from METHOD.md, independent of the package: shares no line with it, imports nothing from it. One
+Written from docs/method.md, independent of the package: shares no line with it, imports nothing from it. One
 request at a time, one context at a time, whole sequences through the whole model; no cache, no batch, no
 padding, no low rank, no factor that is carried on. Each edited layer has its dense hook weight `Wh`, and `C`
 is a dense matrix given to torch.linalg.solve. Meant for tiny fp64 models, and slow even there.
 
-The symbols are METHOD.md's: m model width, d key width, n requests of a batch, L edited layers.
+The symbols are docs/method.md's: m model width, d key width, n requests of a batch, L edited layers.
 """
 
 from __future__ import annotations

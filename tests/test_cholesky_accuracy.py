@@ -1,4 +1,4 @@
-"""How well the factor holds over many batches and on hard matrices: the numbers that issue 3 asks for."""
+"""How well the factor holds over many batches and on hard matrices: the targets of docs/notes/solver.md."""
 
 from __future__ import annotations
 

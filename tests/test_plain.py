@@ -1,4 +1,4 @@
-"""The oracle itself, checked by hand: numbers of METHOD.md and small cases with a known answer."""
+"""The oracle itself, checked by hand: numbers of docs/method.md and small cases with a known answer."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_delta_moves_nothing_before_its_token() -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_share_of_a_residual_that_goes_in(seed: int) -> None:
-    """One key: Δk = s/(1+s) R with s = kᵀC⁻¹k (METHOD.md section 6)."""
+    """One key: Δk = s/(1+s) R with s = kᵀC⁻¹k (docs/method.md section 6)."""
     torch.manual_seed(seed)
     d, m = 7, 5
     factor = torch.randn(d, d).double()

@@ -199,7 +199,7 @@ def test_alphaedit_stays_in_the_null_space() -> None:
 
 
 def test_the_published_hook_keeps_its_traps() -> None:
-    """One token alone never fires; padding moves z (METHOD.md section 3, traps 1 and 2)."""
+    """One token alone never fires; padding moves z (docs/method.md section 3, traps 1 and 2)."""
     base = torch.nn.Linear(6, 4)
     hook = importlib.import_module("baselines.published_coachhook_flow").PublishedHook(base)
     hook.delta[:] = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))

@@ -23,7 +23,7 @@ CONTEXTS = ["Therefore the rain", "Because of", "I"]
 def one_at_a_time(
     model: Any, block: torch.nn.Module, tokens: TokenisedRequest, config: EditConfig
 ) -> tuple[torch.Tensor, int]:
-    """v* as METHOD.md section 2 states it, and the number of Adam steps."""
+    """v* as docs/method.md section 2 states it, and the number of Adam steps."""
     v0: list[torch.Tensor] = []
 
     def outputs(ids: tuple[int, ...], lookup: int, delta: torch.Tensor | None, keep: bool = False) -> torch.Tensor:

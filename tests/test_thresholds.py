@@ -37,7 +37,7 @@ def test_edits_within_ordinary_text_do_not_open_the_gate() -> None:
 
 def test_where_own_keys_crowd_ordinary_text_the_threshold_goes_further_out() -> None:
     """At least threshold_z standard deviations, as far as .85 of the way, or threshold_own where that is more."""
-    for own_at, share, expected in ((10.5, 0.7, 8.0), (8.0, 0.7, "0.85"), (8.0, 0.9, "0.9"), (8.0, 0.0, "0.85")):
+    for own_at, share, expected in ((10.5, 0.7, 8.0), (8.0, 0.7, "0.85"), (8.0, 0.9, "0.9"), (8.0, 0.1, "0.85")):
         ordinary, own = samples(own_at)
         way, std = float(own.quantile(0.05) - ordinary.mean()), float(ordinary.std())
         assert share * way < 8.0 * std

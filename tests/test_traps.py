@@ -1,4 +1,4 @@
-"""Traps 1 to 4 and 7 of METHOD.md section 3: what the gate does where the published code goes wrong.
+"""Traps 1 to 4 and 7 of docs/method.md section 3: what the gate does where the published code goes wrong.
 
 One class a trap. Each test first shows, where it can, that its case is one in which the published rule misbehaves.
 Traps 5, 6 and 8 to 10 are in test_traps_editing.py.

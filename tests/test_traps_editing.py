@@ -1,4 +1,4 @@
-"""Traps 5, 6 and 8 to 10 of METHOD.md section 3: what editing does where the published code goes wrong.
+"""Traps 5, 6 and 8 to 10 of docs/method.md section 3: what editing does where the published code goes wrong.
 
 One class a trap; the others are in test_traps.py.
 """

@@ -1,4 +1,4 @@
-"""CoachHooK as its authors published it (METHOD.md sections 2 and 3, traps kept): gate, α rule and λ = 15 000.
+"""CoachHooK as its authors published it (docs/method.md sections 2 and 3, traps kept): gate, α rule and λ = 15 000.
 
     P = W0 k + b, O = Wh k + b, M = ||O - P||, z = (M - mean M) / std M over the columns of the forward pass,
     padding included; output O where z >= α. One token alone has no std, so a cached decoding step never fires.

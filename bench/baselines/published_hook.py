@@ -1,4 +1,4 @@
-"""The published validated hook (METHOD.md section 3), written plainly: two full projections and a boolean gather.
+"""The published validated hook (docs/method.md section 3), written plainly: two full projections and a boolean gather.
 
 P = W0 k + b,  O = Wh k + b,  M = ||O - P||_2,  z = (M - mean M) / std M,  output O where z >= alpha, else P
 """

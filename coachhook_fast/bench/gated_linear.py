@@ -25,7 +25,7 @@ TOKENS = (1, 8, 64, 128, 512)
 EDITS = (100, 1000, 10_000)  # for the memory rows
 SHARE = 0.02  # of gated tokens, where nothing else is said
 # Norms of ordinary tokens, log-normal like real text's: a threshold of mean + 4 std is 3.4 times the mean, and a
-# sketch of 64 rows leaves about 9 % undecided (METHOD.md section 4 measured 3.2 to 4 times, and 7 to 12 %).
+# sketch of 64 rows leaves about 9 % undecided (docs/method.md section 4 measured 3.2 to 4 times, and 7 to 12 %).
 SPREAD = 0.55
 TEXT = (
     "The river rises in the hills north of the town and flows for sixty miles to the sea. In the spring of 1874 the "

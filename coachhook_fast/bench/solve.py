@@ -46,7 +46,7 @@ def with_rates(work: Callable[[], Any], turns: int, device: str) -> tuple[list[f
 
 
 def floors(d: int, n: int, flop_rate: float, byte_rate: float) -> tuple[float, float]:
-    """Seconds that solve and update take at least: of the issue's flops, and of the bytes of the packed factor."""
+    """Seconds that solve and update take at least: of the plain way's flops, and of the bytes of the packed factor."""
     return 6.0 * d * d * n / flop_rate, 3.0 * 4.0 * d * (d + 1) / byte_rate
 
 

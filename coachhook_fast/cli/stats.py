@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 NAME = "stats"
-HELP = "Collect a model's key statistics once; every later edit finds them in the cache."
+HELP = "Collect a model's key statistics once; later edits with the same settings find them in the cache."
 EXAMPLES = """examples:
   coachhook stats --model smollm2
   coachhook stats --model smollm2 --corpus wikitext.txt --max-tokens 100000
@@ -26,7 +26,9 @@ Without --corpus the model writes the text itself, so nothing has to be download
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     parser.add_argument("--corpus", type=Path, metavar="FILE", help="text file, documents separated by blank lines")
-    parser.add_argument("--max-tokens", type=positive, metavar="N", help="token budget")
+    parser.add_argument(
+        "--max-tokens", type=positive, metavar="N", help="token budget, as --set mom2_n_tokens=N: give `edit` that"
+    )
     add_config(parser)
 
 

@@ -1,4 +1,4 @@
-"""The gated projection in plain torch (METHOD.md section 3), with the traps of the published code closed.
+"""The gated projection in plain torch (docs/method.md section 3), with the traps of the published code closed.
 
     P = W0 k + b,   c = B k,   M = ||c||_2  (= ||Delta k||, U orthonormal),   O = P + U c
     calibrated:  fire = M >= tau
