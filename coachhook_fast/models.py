@@ -87,17 +87,47 @@ def fingerprint(model: nn.Module) -> str:
     return _digest(model_type, sorted(named), lambda name: gathered(held_parameter(model, *named[name])))
 
 
-def checkpoint_fingerprint(folder: str, model_type: str) -> str | None:
-    """`fingerprint` of a checkpoint on disk, without loading the model; None where the folder has no safetensors."""
-    from safetensors import safe_open
+def checkpoint_fingerprint(name: str, config: Any) -> str | None:
+    """`fingerprint` of a checkpoint that is on this machine, without loading the model.
 
-    files = {}
-    for path in sorted(Path(folder).glob("*.safetensors")):
-        files[path] = safe_open(path, framework="pt")
-    where = {name: file for file in files.values() for name in file.keys()}  # noqa: SIM118
+    Args:
+        name: folder, or hub name of what the hub's cache holds.
+        config: the checkpoint's transformers config.
+
+    Returns:
+        None where there are no safetensors files, or they name the model's parameters in a way of their own.
+    """
+    from safetensors import safe_open
+    from transformers import AutoModelForCausalLM
+
+    files = [safe_open(path, framework="pt") for path in sorted(_checkpoint_folder(name).glob("*.safetensors"))]
+    where = {key: file for file in files for key in file.keys()}  # noqa: SIM118
     if not where:
         return None
-    return _digest(model_type, sorted(where), lambda name: where[name].get_tensor(name))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    # a tied head, which some files hold a second time, is no parameter of its own; some leave out the model's prefix
+    prefix = f"{model.base_model_prefix}."
+    stored = {
+        parameter: parameter if parameter in where else parameter.removeprefix(prefix)
+        for parameter, _ in model.named_parameters()
+    }
+    if not set(stored.values()) <= where.keys():
+        return None
+    return _digest(config.model_type, sorted(stored), lambda name: where[stored[name]].get_tensor(stored[name]))
+
+
+def _checkpoint_folder(name: str) -> Path:
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(name, "config.json")
+    except HFValidationError:  # no name of the hub's either
+        found = None
+    return Path(found).parent if isinstance(found, str) else Path(name)
 
 
 def _digest(model_type: str, names: Sequence[str], tensor: Callable[[str], torch.Tensor]) -> str:
@@ -114,6 +144,7 @@ def _digest(model_type: str, names: Sequence[str], tensor: Callable[[str], torch
 def context_length(model: nn.Module) -> int | None:
     """Most tokens that the model's positions allow; None where its config does not say."""
     config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
     for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
         value = getattr(config, name, None)
         if isinstance(value, int) and value > 0:

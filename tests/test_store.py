@@ -284,12 +284,29 @@ def test_another_base_model_is_refused(tmp_path: Path) -> None:
         load_edits(other, tmp_path / "own")
 
 
-def test_a_checkpoint_has_its_models_fingerprint(tmp_path: Path) -> None:
-    for family in ("llama", "gpt2", "qwen2"):
-        model = tiny_model(family)
-        model.save_pretrained(tmp_path / family)
-        assert checkpoint_fingerprint(str(tmp_path / family), model.config.model_type) == fingerprint(model)
-    assert checkpoint_fingerprint(str(tmp_path), "llama") is None
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2", "gemma3"])
+def test_a_checkpoint_has_its_models_fingerprint(family: str, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    model = tiny_model(family)
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    model.save_pretrained(tmp_path)
+    assert checkpoint_fingerprint(str(tmp_path), model.config) == fingerprint(model)
+    # as older files have them: without the model's prefix, with buffers, and the tied head a second time
+    path, prefix = tmp_path / "model.safetensors", f"{model.base_model_prefix}."
+    tensors = {name.removeprefix(prefix): tensor for name, tensor in load_file(path).items()}
+    head = model.get_output_embeddings().weight.detach().clone()
+    save_file({**tensors, "lm_head.weight": head, "h.0.attn.bias": torch.ones(3)}, path)
+    assert checkpoint_fingerprint(str(tmp_path), model.config) == fingerprint(model)
+    tensors[next(name for name in tensors if "norm" in name or "ln" in name)] += 1
+    save_file(tensors, path)
+    assert checkpoint_fingerprint(str(tmp_path), model.config) not in (None, fingerprint(model))
+    save_file({"another.name": torch.ones(3)}, path)
+    assert checkpoint_fingerprint(str(tmp_path), model.config) is None
+    path.unlink()
+    assert checkpoint_fingerprint(str(tmp_path), model.config) is None
+    assert checkpoint_fingerprint("nobody/nothing", model.config) is None
 
 
 def test_versions_tell_edit_sets_apart(tmp_path: Path) -> None:

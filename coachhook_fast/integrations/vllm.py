@@ -143,9 +143,8 @@ class EditedConfig(QuantizationConfig):
                 f"the edit set in {self.folder} has the {config['gate']} gate, which needs whole sequences; vLLM cuts "
                 "them: edit with gate='calibrated'"
             )
-        text_config = hf_config.get_text_config() if hf_config is not None else None
-        if text_config is not None:
-            self._check_model(model_name, text_config, manifest)
+        if hf_config is not None:
+            self._check_model(model_name, hf_config, manifest)
             # The compile cache's key holds the model's config: another edit set must be another key.
             settings = getattr(hf_config, "quantization_config", None)
             if isinstance(settings, dict):
@@ -153,8 +152,8 @@ class EditedConfig(QuantizationConfig):
         self.frame = frame_of(manifest)
         self.positions = {layer: position for position, layer in enumerate(config["layers"])}
 
-    def _check_model(self, model_name: str, text_config: Any, manifest: dict[str, Any]) -> None:
-        config = manifest["config"]
+    def _check_model(self, model_name: str, hf_config: Any, manifest: dict[str, Any]) -> None:
+        config, text_config = manifest["config"], hf_config.get_text_config()
         model_type = text_config.model_type
         self.template = config["rewrite_module_tmp"] or ""
         if not self.template:
@@ -167,9 +166,10 @@ class EditedConfig(QuantizationConfig):
             raise ValueError(f"the edit set edits layers {outside}, but {model_name} has blocks 0 to {count - 1}")
         if not self.check_base:
             return
-        found = checkpoint_fingerprint(model_name, model_type)
+        found = checkpoint_fingerprint(model_name, hf_config)
         if found is None:
-            message = "coachhook: %s is no folder of safetensors: whether the edits were made for it was not checked"
+            message = "coachhook: whether the edits were made for %s was not checked: its safetensors are not here, or"
+            message += " name its parameters in a way of their own"
             logger.warning(message, model_name)
         elif found != manifest["model"]:
             raise ValueError(
