@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from coachhook_fast.base_layer import features, load_as_base, plain_weight, save_as_base, serving_placement
 from coachhook_fast.delta import LowRankDelta
 from coachhook_fast.gate import carried_gate
+from coachhook_fast.gate import GATES
 from coachhook_fast.ops import gated_linear as ops
 from coachhook_fast.reference.gated_linear import accumulator_dtype, decide, sequence_rows
 from coachhook_fast.sketch import make_sketch
@@ -29,7 +30,6 @@ from coachhook_fast.states import HookState, RowStates, Served
 from coachhook_fast.tensor_parallel import column_shard
 from coachhook_fast.versions import Versions
 
-GATES = ("calibrated", "sequence")
 MODES = ("off", "gated", "always")
 
 

@@ -111,7 +111,7 @@ def test_a_relative_gate_leaves_tokens_without_numbers_alone(value: float, sketc
 
 def test_a_threshold_is_one_number() -> None:
     x, weight, bias, U, B = problem((4,), torch.float32)
-    for gate in reference.GATES:
+    for gate in reference.RULES:
         with pytest.raises(ValueError, match="threshold must have no dimension"):
             ops.gated_linear(x, weight, bias, U, B, torch.ones(4), None, gate)
 

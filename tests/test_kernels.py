@@ -108,7 +108,7 @@ def test_relative(way: str, dtype: torch.dtype, sketched: bool, monkeypatch: pyt
 
 def test_a_threshold_is_one_number() -> None:
     x, weight, bias, U, B = problem(4, 37, 70, 9, torch.float32)
-    for gate in reference.GATES:
+    for gate in reference.RULES:
         with pytest.raises(ValueError, match="threshold must have no dimension"):
             cuda.gated_linear(x, weight, bias, U, B, torch.ones(1, device=DEVICE), None, gate)
 

@@ -16,7 +16,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-GATES = ("calibrated", "relative", "sequence")
+# What the operators decide by; "relative" is the gate `calibrated` with τ of ||Δk|| / ||k||.
+RULES = ("calibrated", "relative", "sequence")
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -130,7 +131,7 @@ def sequence_rows(shape: torch.Size, mask: Tensor | None, state: Tensor | None) 
 def decide(
     norm: Tensor,  # [...]
     threshold: Tensor,  # []: tau or alpha
-    gate: str,  # one of GATES
+    gate: str,  # one of RULES
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     state: Tensor | None = None,
@@ -155,9 +156,9 @@ def decide(
 
 
 def check_gate(gate: str, threshold: Tensor) -> None:
-    """ValueError unless `gate` is one of GATES and the threshold a scalar tensor."""
-    if gate not in GATES:
-        raise ValueError(f"gate must be one of {GATES}, got {gate!r}")
+    """ValueError unless `gate` is one of RULES and the threshold a scalar tensor."""
+    if gate not in RULES:
+        raise ValueError(f"gate must be one of {RULES}, got {gate!r}")
     if threshold.dim() > 0:
         raise ValueError(f"threshold must have no dimension, got {list(threshold.shape)}")
 
