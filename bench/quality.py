@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import hashlib
 import json
 import platform
@@ -84,7 +85,11 @@ def run(method: Method, plan: Plan, on_row: Callable[[dict[str, Any]], None]) ->
     missing = [count for count in plan.at if not rows.has(count, plan.held_out_key)]
     for count in plan.at:
         if count not in missing:
-            on_row(rows.by_count[count])
+            row = rows.by_count[count]
+            if row["commit"] != _commit():
+                note = f"{method.title} at {count}: measured at commit {row['commit']}; another --work measures anew"
+                print(note, file=sys.stderr)
+            on_row(row)
     if not missing:
         return
     model, tokenizer = load_model(plan.model)
@@ -218,14 +223,19 @@ def _command() -> str:
 
 
 def _provenance() -> dict[str, Any]:
-    described = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     return {
         "machine": f"{platform.machine()} {_cpu()}, {torch.get_num_threads()} threads",
         "versions": {
             "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
         },
-        "commit": described.stdout.strip() or None,
+        "commit": _commit(),
     }  # fmt: skip
+
+
+@functools.cache
+def _commit() -> str | None:
+    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return found.stdout.strip() or None
 
 
 def _cpu() -> str:

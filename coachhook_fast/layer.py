@@ -21,8 +21,7 @@ from torch import Tensor, nn
 
 from coachhook_fast.base_layer import features, load_as_base, plain_weight, save_as_base, serving_placement
 from coachhook_fast.delta import LowRankDelta
-from coachhook_fast.gate import carried_gate
-from coachhook_fast.gate import GATES
+from coachhook_fast.gate import GATES, carried_gate
 from coachhook_fast.ops import gated_linear as ops
 from coachhook_fast.reference.gated_linear import accumulator_dtype, decide, sequence_rows
 from coachhook_fast.sketch import make_sketch
