@@ -64,7 +64,7 @@ class Ours:
         edits, figures = editor.edit_set, []
         for position, layer in enumerate(edits.layers):
             delta, relative = edits.deltas[position], bool(edits.config.threshold_relative)
-            ordinary = measure(delta, editor.statistics.samples[layer], relative)
+            ordinary = measure(delta, editor.statistics.samples[layer].to(delta.device), relative)
             mean, std = ordinary.mean(), ordinary.std()
             keys = edits.own_keys(position)
             if keys.shape[1] == 0:  # not yet this layer's turn
