@@ -40,6 +40,7 @@ from coachhook_fast.progress import track
 COLUMNS = (
     "method", "gate", "edits", "batch_size", "reliability", "generality", "locality", "generation",
     "perplexity_ratio", "seconds_per_edit", "harmonic_mean", "drift", "locality_unedited",
+    "held_out_tokens",
 )  # fmt: skip
 ROME = ("generation_rephrase", "efficacy", "paraphrase", "neighbourhood", "rome_score")
 
@@ -285,6 +286,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--model", default="smollm2", help="as for `coachhook` (default smollm2)")
     add("--facts", type=Path, required=True, metavar="FILE")
+    add("--skip", type=int, default=0, metavar="N", help="leave out the first N facts")
     add("--corpus", type=Path, metavar="FILE", help="text for key statistics (default: the model's own)")
     add("--held-out", type=Path, metavar="FILE", help="text for perplexity")
     add("--held-out-tokens", type=int, default=120_000, metavar="N", help="of that text (default 120000)")
@@ -305,12 +307,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     unknown = sorted(set(wanted) - {method.title for method in METHODS})
     if unknown or not at or at[0] < 1:
         raise SystemExit(f"--methods has unknown {unknown}" if unknown else f"--at must name counts >= 1, got {at}")
+    if options.skip < 0:
+        raise SystemExit(f"--skip must be 0 or more, got {options.skip}")
     settings = {name: yaml.safe_load(value) for name, _, value in (one.partition("=") for one in options.set)}
     text = None if options.held_out is None else options.held_out.read_text(encoding="utf-8")
     plan = Plan(
         model=options.model,
         config=EditConfig.from_dict(settings),
-        records=read_records(options.facts, limit=at[-1]),
+        records=read_records(options.facts, limit=options.skip + at[-1])[options.skip :],
         batch_size=options.batch_size,
         at=at,
         corpus=options.corpus,
@@ -318,7 +322,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         work=options.work,
     )
     if len(plan.records) < at[-1]:
-        raise SystemExit(f"--at asks for {at[-1]} edits, {options.facts} holds {len(plan.records)}")
+        raise SystemExit(f"--at asks for {at[-1]} edits, {options.facts} holds {len(plan.records)} behind --skip")
     rows: list[dict[str, Any]] = []
 
     def keep(row: dict[str, Any]) -> None:

@@ -145,6 +145,20 @@ def test_the_command_writes_every_form(home: Path, tmp_path: Path) -> None:
             *(part for one in settings for part in ("--set", one)),
         ]
     )  # fmt: skip
+    short = [
+        "--model",
+        str(home / "model"),
+        "--facts",
+        str(home / "facts.json"),
+        "--skip",
+        "6",
+        "--at",
+        "2",
+        "--out",
+        "x",
+    ]
+    with pytest.raises(SystemExit, match="holds 1 behind --skip"):
+        quality.main(short)
     rows = json.loads((tmp_path / "table.json").read_text())
     assert [row["method"] for row in rows] == ["memit", "finetune"]  # the table's order, ours first where it is there
     for row in rows:
