@@ -31,6 +31,7 @@ import yaml
 from quality_methods import METHODS, Method, Ours, Runner
 
 from coachhook_fast import EditConfig, load_model
+from coachhook_fast.config import number_in
 from coachhook_fast.datasets import EditRecord, read_records
 from coachhook_fast.evaluate import BaseAnswers, HeldOut, evaluate
 from coachhook_fast.evaluate.base import records_hash
@@ -309,7 +310,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(f"--methods has unknown {unknown}" if unknown else f"--at must name counts >= 1, got {at}")
     if options.skip < 0:
         raise SystemExit(f"--skip must be 0 or more, got {options.skip}")
-    settings = {name: yaml.safe_load(value) for name, _, value in (one.partition("=") for one in options.set)}
+    pairs = (one.partition("=") for one in options.set)
+    settings = {name: number_in(yaml.safe_load(value)) for name, _, value in pairs}
     text = None if options.held_out is None else options.held_out.read_text(encoding="utf-8")
     plan = Plan(
         model=options.model,

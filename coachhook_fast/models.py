@@ -95,7 +95,8 @@ def checkpoint_fingerprint(name: str, config: Any) -> str | None:
         config: the checkpoint's transformers config.
 
     Returns:
-        None where there are no safetensors files, or they name the model's parameters in a way of their own.
+        None where there are no safetensors files, they name the model's parameters in a way of their own, or
+        transformers knows no causal language model of that config.
     """
     from safetensors import safe_open
     from transformers import AutoModelForCausalLM
@@ -104,8 +105,11 @@ def checkpoint_fingerprint(name: str, config: Any) -> str | None:
     where = {key: file for file in files for key in file.keys()}  # noqa: SIM118
     if not where:
         return None
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except ValueError:  # no causal language model that transformers knows
+        return None
     # a tied head, which some files hold a second time, is no parameter of its own; some leave out the model's prefix
     prefix = f"{model.base_model_prefix}."
     stored = {

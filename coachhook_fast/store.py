@@ -278,8 +278,6 @@ def _write_batch(folder: Path, batch: Batch) -> dict[str, str]:
 
 
 def _read_batch(folder: Path, line: Mapping[str, Any], layers: int, *, updates: bool) -> Batch:
-    needed = {f"{position}.{name}" for position in range(layers) for name in _UPDATE}
-    tensors = _read_tensors(folder, line["tensors"], needed) if updates else {}
     return Batch(
         id=line["id"],
         time=line["time"],
@@ -287,18 +285,22 @@ def _read_batch(folder: Path, line: Mapping[str, Any], layers: int, *, updates: 
         metrics=line["metrics"],
         outcomes=outcomes_in(line),
         thresholds=thresholds_of(line["thresholds"], layers) if line["thresholds"] else (),
-        layers=()
-        if not updates
-        else tuple(
-            LayerUpdate(
-                keys=tensors[f"{position}.keys"],
-                residuals=tensors[f"{position}.residuals"],
-                directions=tensors[f"{position}.directions"],
-                alpha=alpha_of(alpha),
-                spread=tensors.get(f"{position}.{_SPREAD}"),
-            )
-            for position, alpha in enumerate(line["alphas"])
-        ),
+        layers=_read_updates(folder, line, layers) if updates else (),
+    )
+
+
+def _read_updates(folder: Path, line: Mapping[str, Any], layers: int) -> tuple[LayerUpdate, ...]:
+    needed = {f"{position}.{name}" for position in range(layers) for name in _UPDATE}
+    tensors = _read_tensors(folder, line["tensors"], needed)
+    return tuple(
+        LayerUpdate(
+            keys=tensors[f"{position}.keys"],
+            residuals=tensors[f"{position}.residuals"],
+            directions=tensors[f"{position}.directions"],
+            alpha=alpha_of(alpha),
+            spread=tensors.get(f"{position}.{_SPREAD}"),
+        )
+        for position, alpha in enumerate(line["alphas"])
     )
 
 

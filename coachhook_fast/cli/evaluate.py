@@ -60,6 +60,7 @@ def run(arguments: argparse.Namespace) -> Report:
     for file in (arguments.csv, arguments.markdown):
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
+            file.open("a").close()
     held_out = _held_out(arguments)
     records, skipped = common.load_records(arguments)
     model, tokenizer = common.load_model(arguments)
