@@ -8,6 +8,9 @@
 #include <string>
 
 #include "cholesky.h"
+#ifdef COACHHOOK_CUDA
+#include "cuda/gated_linear_cuda.h"
+#endif
 #include "gated_linear.h"
 #include "micro_gemm.h"
 #include "packed_factor.h"
@@ -26,6 +29,12 @@ py::dict build_info() {
       _OPENMP;
 #else
       0;
+#endif
+  info["cuda"] =
+#ifdef COACHHOOK_CUDA
+      COACHHOOK_CUDA;
+#else
+      "";
 #endif
   info["isa"] = coachhook::micro_gemm<double>().isa;
   info["panel"] = coachhook::kPanel;
@@ -59,7 +68,13 @@ TORCH_LIBRARY_IMPL(coachhook, CPU, m) {
 }
 
 // The factor's sweep is written over ATen for every other device.
-TORCH_LIBRARY_IMPL(coachhook, CUDA, m) { register_cholesky(m); }
+TORCH_LIBRARY_IMPL(coachhook, CUDA, m) {
+  register_cholesky(m);
+#ifdef COACHHOOK_CUDA
+  m.impl("gated_delta", &coachhook::gated_delta_cuda);
+  m.impl("gated_linear", &coachhook::gated_linear_cuda);
+#endif
+}
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "coachhook-fast's C++ operators; importing it registers them with torch";

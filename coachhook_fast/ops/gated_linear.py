@@ -1,7 +1,7 @@
 """``torch.ops.coachhook.gated_linear`` and its parts: schemas, fakes, gradients, autocast.
 
 One definition (``reference/gated_linear.py``) runs where no kernel is registered; csrc/gated_linear.cpp takes
-the CPU key, ``ops/gated_linear_cuda.py`` the CUDA key. No op changes an argument. The decision is a constant
+the CPU key, csrc/cuda (few tokens) and ``ops/gated_linear_cuda.py`` (Triton) the CUDA key. No op changes an argument. The decision is a constant
 to autograd:
 
     grad_x = g W + fire * (g U) B,   grad_W = g^T x,   grad_b = sum g.
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coachhook_fast.ops._library import LIBRARY, define
+from coachhook_fast.ops._library import LIBRARY, build_info, define
 from coachhook_fast.reference import gated_linear as reference
 from coachhook_fast.reference.gated_linear import accumulator_dtype, key_length, sequence_rows
 
@@ -181,8 +181,10 @@ define(
     reference.correct,
     _fake_correct,
 )
-define(f"gated_delta(Tensor out, Tensor x, {_DELTA}", _plain_delta, _fake_delta)
-define(f"gated_linear(Tensor x, Tensor weight, Tensor? bias, {_DELTA}", _plain_linear, _fake_linear)
+# An extension with csrc/cuda takes the CUDA key of these two, and sends what it leaves to Triton to "..._triton".
+for _suffix in ("", "_triton") if build_info().get("cuda") else ("",):
+    define(f"gated_delta{_suffix}(Tensor out, Tensor x, {_DELTA}", _plain_delta, _fake_delta)
+    define(f"gated_linear{_suffix}(Tensor x, Tensor weight, Tensor? bias, {_DELTA}", _plain_linear, _fake_linear)
 
 
 # -------------------------------------------------------------------------------- gradients

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coachhook_fast.ops._library import LIBRARY
+from coachhook_fast.ops._library import LIBRARY, build_info
 from coachhook_fast.reference import gated_linear as reference
 from coachhook_fast.reference.gated_linear import accumulator_dtype, sequence_rows
 
@@ -317,5 +317,7 @@ def correct(out: Tensor, x: Tensor, U: Tensor | None, B: Tensor, fire: Tensor) -
 
 
 if importlib.util.find_spec("triton") is not None:
-    for _op in (gated_linear, gated_delta, delta_norm, sequence_gate, correct):
+    for _op in (delta_norm, sequence_gate, correct):
         LIBRARY.impl(_op.__name__, _op, "CUDA")
+    for _op in (gated_linear, gated_delta):
+        LIBRARY.impl(f"{_op.__name__}_triton" if build_info().get("cuda") else _op.__name__, _op, "CUDA")
