@@ -73,3 +73,4 @@ def test_sections_and_their_tables(
     assert asked["decode step, batch 8, over unedited"][-2:] == ["NOT", "MEASURED"]
     assert script.check(["solve"], 10.0, "gpu") == 1
     assert "WRONG solve and update" in capsys.readouterr().out
+    assert len(list(script.limits("targets", [row(work="target values, an edit", ratio=21.0)] * 2))) == 2

@@ -162,7 +162,7 @@ def case_rows(case: Case) -> Iterator[common.Row]:
     yield row("plain projection", *timings, calls=count * rounds, timing="graph")
     del outputs, ours_replay, plain_replay
     if case.twins:
-        repeats = math.ceil(EAGER_CALLS / count) if tokens <= 128 else 1
+        repeats = math.ceil(EAGER_CALLS / count) if tokens <= 512 else 1
         theirs = [functools.partial(twin, x[None]) for twin, x in zip(case.twins, case.inputs, strict=True)]
         chains = [functools.partial(_chain, calls * repeats) for calls in (ours, theirs)]
         with torch.inference_mode():
