@@ -44,9 +44,9 @@ format: $(VENV)/.ready  ## Format everything
 bench: $(VENV)/.ready  ## All benchmarks; tables on stdout
 	$(BIN)/pytest --import-mode=importlib -q bench/bench_*.py
 
-gpu-check:  ## On a GPU machine, with its own Python: build, GPU tests, benchmarks, table
+gpu-check:  ## On a GPU machine, with its own Python: build, GPU tests, benchmarks, table (SECTIONS="tests solve": only these)
 	COACHHOOK_REQUIRE_EXT=1 $(PYTHON) -m pip install --quiet --no-build-isolation --no-deps -e .
-	$(PYTHON) bench/gpu_check.py
+	$(PYTHON) -u bench/gpu_check.py $(SECTIONS)
 
 clean:  ## Remove what was built, not the virtual environment
 	rm -rf build demo-out *.egg-info coachhook_fast/_C*.so $(VENV)/.ready

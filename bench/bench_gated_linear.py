@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from coachhook_fast.bench import gated_linear, rows
+from coachhook_fast.bench.gated_problem import SHAPES, SHARE, arrange, checked, keys, random_delta
 from coachhook_fast.layer import HookLinear
 
 SIZES = [(rank, tokens) for rank in (10, 100, "full") for tokens in (1, 64)]
@@ -16,17 +17,17 @@ SIZES = [(rank, tokens) for rank in (10, 100, "full") for tokens in (1, 64)]
 
 def setting(rank: int | str, tokens: int) -> tuple[HookLinear, torch.Tensor]:
     torch.manual_seed(0)
-    m, d = gated_linear.SHAPES["gpt2-xl"]
+    m, d = SHAPES["gpt2-xl"]
     hook = HookLinear(nn.Linear(d, m).requires_grad_(False))
-    x = gated_linear.keys(tokens, d, torch.float32)
-    gated_linear.arrange(hook, gated_linear.random_delta(m, d, rank, torch.float32), x, gated_linear.SHARE)
+    x = keys(tokens, d, torch.float32)
+    arrange(hook, random_delta(m, d, rank, torch.float32), x, round(SHARE * tokens))
     return hook, x
 
 
 @pytest.mark.parametrize(("rank", "tokens"), SIZES)
 def test_gated_projection(benchmark: Any, rank: int | str, tokens: int) -> None:
     hook, x = setting(rank, tokens)
-    assert gated_linear.checked(hook, x, gated_linear.SHARE)
+    assert checked(hook, x, round(SHARE * tokens))
     benchmark.group = f"gpt2-xl, rank {rank}, {tokens} tokens"
     with torch.inference_mode():
         benchmark(hook, x)
