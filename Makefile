@@ -34,12 +34,12 @@ lint: $(VENV)/.ready  ## ruff, mypy, clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy coachhook_fast
-	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h
+	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h csrc/cuda/*
 
 format: $(VENV)/.ready  ## Format everything
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i csrc/*.cpp csrc/*.h
+	$(BIN)/clang-format -i csrc/*.cpp csrc/*.h csrc/cuda/*
 
 bench: $(VENV)/.ready  ## All benchmarks; tables on stdout
 	$(BIN)/pytest --import-mode=importlib -q bench/bench_*.py

@@ -2,14 +2,16 @@
 //
 //   c = B k,  M = ||c||,  P = W0 k + b,  fire = M >= tau (or tau ||k||, or z >= alpha),  out = P + fire * U c
 //
-// Decoding is bound by the bytes of W0 and B, so both are streamed once, 16 bytes a thread, into the tensor cores:
-// 16 rows of the matrix by 8 tokens an instruction. The sum over d does not care for its order, so a thread keeps the
-// 8 neighbours it has loaded and feeds them to two instructions; x is loaded by the same pattern.
+// Decoding is bound by the bytes of W0 and B, so both are streamed once, 16 bytes a thread, into the tensor
+// cores: 16 rows of the matrix by 8 tokens an instruction. The sum over d does not care for its order, so a
+// thread keeps the 8 neighbours it has loaded and feeds them to two instructions; x is loaded by the same
+// pattern.
 //
-// Two launches (three with a sketch): the delta's product, then the base with decision and correction. The second one
-// starts beside the first (programmatic dependent launch, sm_90 on) and waits for it only after its own product, so that
-// the delta costs its bytes and no latency. The delta has few rows: a cluster of blocks (sm_90 on) shares out d, and adds
-// through its shared memory. Sums are added in a fixed order: the same input gives the same bits.
+// Two launches (three with a sketch): the delta's product, then the base with decision and correction. The
+// second one starts beside the first (programmatic dependent launch, sm_90 on) and waits for it only after
+// its own product, so that the delta costs its bytes and no latency. The delta has few rows: a cluster of
+// blocks (sm_90 on) shares out d, and adds through its shared memory. Sums are added in a fixed order: the
+// same input gives the same bits.
 #include <cooperative_groups.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -25,7 +27,8 @@ namespace {
 constexpr int kLanes = 32;
 constexpr int kStep = 32;  // columns that a warp takes at a time
 
-// Warps of a block for NT times 8 tokens: products of 16 would not fit the 48 KB of shared memory at 64 tokens.
+// Warps of a block for NT times 8 tokens: products of 16 would not fit the 48 KB of shared memory at 64
+// tokens.
 template <int NT>
 constexpr int kWarps = NT == 8 ? 8 : 16;
 constexpr int kDeltaWarps = 8;
@@ -84,11 +87,11 @@ __host__ __device__ constexpr int shared_floats(int warps) {
   return warps * 8 * NT * kStride + 8 * NT * kTileRows;
 }
 
-// sums[token][row] = w[row] . x[token] over columns begin .. end, for `rows` <= 16 rows of w and all tokens; the block's
-// warps share out the columns.
+// sums[token][row] = w[row] . x[token] over columns begin .. end, for `rows` <= 16 rows of w and all tokens;
+// the block's warps share out the columns.
 template <typename T, int NT>
-__device__ void tile_product(const T* w, int64_t w_row, int rows, const T* x, int64_t x_row, int tokens, int begin,
-                             int end, float* parts, float* sums) {
+__device__ void tile_product(const T* w, int64_t w_row, int rows, const T* x, int64_t x_row, int tokens,
+                             int begin, int end, float* parts, float* sums) {
   constexpr int kDeep = NT <= 2 ? 4 : 2;  // loads in flight
   const int warp = threadIdx.x / kLanes, warps = blockDim.x / kLanes, lane = threadIdx.x % kLanes;
   const int group = lane / 4, quad = lane % 4;
@@ -97,7 +100,8 @@ __device__ void tile_product(const T* w, int64_t w_row, int rows, const T* x, in
   const T* lower = w + static_cast<int64_t>(min(group + 8, rows - 1)) * w_row + 8 * quad;
   const T* token[NT];
 #pragma unroll
-  for (int n = 0; n < NT; ++n) token[n] = x + static_cast<int64_t>(min(8 * n + group, tokens - 1)) * x_row + 8 * quad;
+  for (int n = 0; n < NT; ++n)
+    token[n] = x + static_cast<int64_t>(min(8 * n + group, tokens - 1)) * x_row + 8 * quad;
 
   const int first = begin + warp * kStep, stride = warps * kStep;
   const auto load = [&](const T* p, int k) {
@@ -157,7 +161,8 @@ __device__ float norm_of(const float* squares, int tiles, int lane) {
 }
 
 struct Workspace {
-  float *c, *squares, *rough, *lengths;  // [tokens, r], [tokens, tiles of B], [tokens, tiles of the sketch], [tokens]
+  float *c, *squares, *rough,
+      *lengths;  // [tokens, r], [tokens, tiles of B], [tokens, tiles of the sketch], [tokens]
 };
 
 __host__ __device__ inline Workspace parts_of(const Decode& a) {
@@ -183,7 +188,8 @@ __device__ bool is_open(const Decode& a, const Workspace& w, int token, int lane
 
 enum class Stage { kOnly, kSketch, kExact };
 
-// sums[i] of this block becomes that of the whole cluster, in the order of its blocks; true in the block that has it.
+// sums[i] of this block becomes that of the whole cluster, in the order of its blocks; true in the block that
+// has it.
 __device__ bool add_over_cluster(float* sums, int count) {
 #if __CUDA_ARCH__ >= 900
   namespace cg = cooperative_groups;
@@ -206,12 +212,14 @@ __device__ bool add_over_cluster(float* sums, int count) {
 #endif
 }
 
-// Tiles of B (or of the sketch), `slices` blocks a tile, and after them, where `relative` asks for it, ||k|| of a token
-// a cluster.
+// Tiles of B (or of the sketch), `slices` blocks a tile, and after them, where `relative` asks for it, ||k||
+// of a token a cluster.
 template <typename T, int NT, Stage stage>
-__global__ void __launch_bounds__(kDeltaWarps* kLanes, 1) delta_kernel(const Decode a, int tile_blocks, int slices) {
+__global__ void __launch_bounds__(kDeltaWarps* kLanes, 1)
+    delta_kernel(const Decode a, int tile_blocks, int slices) {
   extern __shared__ float shared[];
-  // The base, which may start from here on, reads x before it waits: by then whatever wrote x must have ended.
+  // The base, which may start from here on, reads x before it waits: by then whatever wrote x must have
+  // ended.
   if (stage != Stage::kExact) wait_for_previous();
   let_next_start();
   const int warp = threadIdx.x / kLanes, warps = blockDim.x / kLanes, lane = threadIdx.x % kLanes;
@@ -252,8 +260,8 @@ __global__ void __launch_bounds__(kDeltaWarps* kLanes, 1) delta_kernel(const Dec
   const int begin = blockIdx.x % slices * columns, end = min(begin + columns, a.d);
   for (int tile = blockIdx.x / slices; tile < tiles; tile += tile_blocks / slices) {
     const int first = tile * kTileRows, here = min(kTileRows, rows - first);
-    tile_product<T, NT>(matrix + static_cast<int64_t>(first) * a.d, a.d, here, x, a.x_row, a.tokens, begin, end, shared,
-                        sums);
+    tile_product<T, NT>(matrix + static_cast<int64_t>(first) * a.d, a.d, here, x, a.x_row, a.tokens, begin,
+                        end, shared, sums);
     if (!add_over_cluster(sums, a.tokens * kTileRows)) continue;
     if (!rough) {
       for (int i = threadIdx.x; i < a.tokens * kTileRows; i += blockDim.x) {
@@ -263,7 +271,8 @@ __global__ void __launch_bounds__(kDeltaWarps* kLanes, 1) delta_kernel(const Dec
     }
     for (int token = threadIdx.x; token < a.tokens; token += blockDim.x) {
       float total = 0;
-      for (int row = 0; row < here; ++row) total += sums[token * kTileRows + row] * sums[token * kTileRows + row];
+      for (int row = 0; row < here; ++row)
+        total += sums[token * kTileRows + row] * sums[token * kTileRows + row];
       squares[token * tiles + tile] = total;
     }
     __syncthreads();
@@ -304,8 +313,8 @@ __device__ bool decide(const Decode& a, const Workspace& w, int token, int lane)
 
 // Adds U c of the listed tokens to values[token][row], rows `first` .. first + here; a warp a row and token.
 template <typename T>
-__device__ void correct(const Decode& a, const Workspace& w, const int* listed, int count, int first, int here,
-                        float* values, int value_stride) {
+__device__ void correct(const Decode& a, const Workspace& w, const int* listed, int count, int first,
+                        int here, float* values, int value_stride) {
   if (a.U == nullptr) {
     for (int i = threadIdx.x; i < count * here; i += blockDim.x) {
       const int token = listed[i / here], row = i % here;
@@ -315,7 +324,8 @@ __device__ void correct(const Decode& a, const Workspace& w, const int* listed, 
   }
   constexpr int kDeep = 4;  // loads in flight
   const int warp = threadIdx.x / kLanes, warps = blockDim.x / kLanes, lane = threadIdx.x % kLanes;
-  for (int i = warp; i < here * count; i += warps) {  // the tokens of a row follow each other: U comes from the cache
+  for (int i = warp; i < here * count;
+       i += warps) {  // the tokens of a row follow each other: U comes from the cache
     const int row = i / count, token = listed[i % count];
     const T* u = static_cast<const T*>(a.U) + (first + row) * a.u_row;
     const float* c = w.c + static_cast<int64_t>(token) * a.r;
@@ -364,8 +374,8 @@ __global__ void __launch_bounds__(kWarps<NT>* kLanes, 1) project_kernel(const De
   __shared__ int listed[kDecodeTokens];
   float* values = shared + blockDim.x / kLanes * 8 * NT * kStride;  // [tokens, 16]
   const int first = blockIdx.x * kTileRows, here = min(kTileRows, a.m - first);
-  tile_product<T, NT>(static_cast<const T*>(a.weight) + first * a.w_row, a.w_row, here, static_cast<const T*>(a.x),
-                      a.x_row, a.tokens, 0, a.d, shared, values);
+  tile_product<T, NT>(static_cast<const T*>(a.weight) + first * a.w_row, a.w_row, here,
+                      static_cast<const T*>(a.x), a.x_row, a.tokens, 0, a.d, shared, values);
   wait_for_previous();
   const Workspace w = parts_of(a);
   const int count = list_fired(a, w, listed);
@@ -382,7 +392,8 @@ __global__ void __launch_bounds__(kWarps<NT>* kLanes, 1) project_kernel(const De
   }
   for (int i = threadIdx.x; i < a.tokens * kTileRows; i += blockDim.x) {
     const int token = i / kTileRows, row = i % kTileRows;
-    if (row < here) round_to(static_cast<T*>(a.out) + static_cast<int64_t>(token) * a.m + first + row, values[i]);
+    if (row < here)
+      round_to(static_cast<T*>(a.out) + static_cast<int64_t>(token) * a.m + first + row, values[i]);
   }
 }
 
@@ -418,7 +429,8 @@ struct Grid {
 };
 
 template <typename... Arguments>
-cudaError_t launch(void (*kernel)(Arguments...), const Grid& grid, const Device& device, Arguments... arguments) {
+cudaError_t launch(void (*kernel)(Arguments...), const Grid& grid, const Device& device,
+                   Arguments... arguments) {
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(grid.blocks);
   config.blockDim = dim3(grid.threads);
@@ -449,16 +461,18 @@ struct Launches {
     const int lengths = call.relative ? call.tokens : 0, tiles = tiles_of(call.r);
     const int slices = slices_of(tiles, device);
     if (call.sketch == nullptr) {
-      return launch(&delta_kernel<T, NT, Stage::kOnly>, {(tiles + lengths) * slices, threads, bytes, slices}, device,
-                    call, tiles * slices, slices);
+      return launch(&delta_kernel<T, NT, Stage::kOnly>, {(tiles + lengths) * slices, threads, bytes, slices},
+                    device, call, tiles * slices, slices);
     }
     const int rough = tiles_of(call.s), cut = slices_of(rough, device);
-    const cudaError_t error = launch(&delta_kernel<T, NT, Stage::kSketch>, {(rough + lengths) * cut, threads, bytes, cut},
-                                     device, call, rough * cut, cut);
+    const cudaError_t error =
+        launch(&delta_kernel<T, NT, Stage::kSketch>, {(rough + lengths) * cut, threads, bytes, cut}, device,
+               call, rough * cut, cut);
     if (error != cudaSuccess) return error;
     // it waits for the sketch, beside the base's blocks: one a multiprocessor leaves them room
     const int exact = std::min(tiles * slices, device.processors / slices * slices);
-    return launch(&delta_kernel<T, NT, Stage::kExact>, {exact, threads, bytes, slices}, device, call, exact, slices);
+    return launch(&delta_kernel<T, NT, Stage::kExact>, {exact, threads, bytes, slices}, device, call, exact,
+                  slices);
   }
 
   static cudaError_t project(const Decode& call, const Device& device) {

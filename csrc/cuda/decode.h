@@ -12,8 +12,8 @@ constexpr int kTileRows = 16;      // rows of W0 or B a tile: the matrix instruc
 
 inline int tiles_of(int rows) { return (rows + kTileRows - 1) / kTileRows; }
 
-// Pointers are to 16-bit numbers, bf16 or fp16, where the type says void; rows begin on 16 bytes and d is a multiple
-// of 8. `threshold` is tau or alpha.
+// Pointers are to 16-bit numbers, bf16 or fp16, where the type says void; rows begin on 16 bytes and d is a
+// multiple of 8. `threshold` is tau or alpha.
 struct Decode {
   bool bf16;
   int tokens, m, r, s, d;

@@ -15,10 +15,11 @@ namespace {
 
 using Output = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
-// Up to so many tokens the base's rows are streamed by our own kernel, with the delta in its shadow; above, cuBLAS's
-// product is the better one and the delta's goes before it.
+// Up to so many tokens the base's rows are streamed by our own kernel, with the delta in its shadow; above,
+// cuBLAS's product is the better one and the delta's goes before it.
 constexpr int64_t kOwnBaseTokens = 8;
-// With a sketch, all of B is read as soon as one token is undecided: up to so many tokens that is the rarer case.
+// With a sketch, all of B is read as soon as one token is undecided: up to so many tokens that is the rarer
+// case.
 constexpr int64_t kSketchTokens = 16;
 
 int attribute(cudaDeviceAttr which, c10::DeviceIndex device) {
@@ -50,14 +51,16 @@ int64_t sequences(const Arguments& a, int64_t tokens) {
   return a.state ? a.state->size(0) : 1;
 }
 
-// Whether decode.cu takes the call. It says no to whatever is wrong, too: the Triton operator then says what is.
+// Whether decode.cu takes the call. It says no to whatever is wrong, too: the Triton operator then says what
+// is.
 bool takes(const Arguments& a, int64_t m) {
   const at::ScalarType dtype = a.B.scalar_type();
   if (dtype != at::kBFloat16 && dtype != at::kHalf) return false;
   const at::Device device = a.B.device();
   const auto same = [&](const at::Tensor& t) { return t.scalar_type() == dtype && t.device() == device; };
   const auto fits = [&](const OptionalTensor& t) { return !t || same(*t); };
-  if (a.x.dim() < 1 || a.B.dim() != 2 || !same(a.x) || !fits(a.bias) || !fits(a.U) || !fits(a.sketch)) return false;
+  if (a.x.dim() < 1 || a.B.dim() != 2 || !same(a.x) || !fits(a.bias) || !fits(a.U) || !fits(a.sketch))
+    return false;
   const int64_t d = a.B.size(1), r = a.B.size(0);
   if (d == 0 || r == 0 || a.x.size(-1) != d) return false;
   const int64_t tokens = a.x.numel() / d;
@@ -65,9 +68,12 @@ bool takes(const Arguments& a, int64_t m) {
   if (!has_rows(a.B) || !a.B.is_contiguous()) return false;
   if (a.U ? a.U->dim() != 2 || a.U->size(0) != m || a.U->size(1) != r : r != m) return false;
   if (a.bias && (a.bias->dim() != 1 || a.bias->size(0) != m || !a.bias->is_contiguous())) return false;
-  if (a.sketch && (!has_rows(*a.sketch) || !a.sketch->is_contiguous() || a.sketch->size(1) != d)) return false;
-  if (a.threshold.dim() != 0 || a.threshold.scalar_type() != at::kFloat || a.threshold.device() != device) return false;
-  if (a.mask && (a.mask->scalar_type() != at::kBool || a.mask->numel() != tokens || a.mask->device() != device))
+  if (a.sketch && (!has_rows(*a.sketch) || !a.sketch->is_contiguous() || a.sketch->size(1) != d))
+    return false;
+  if (a.threshold.dim() != 0 || a.threshold.scalar_type() != at::kFloat || a.threshold.device() != device)
+    return false;
+  if (a.mask &&
+      (a.mask->scalar_type() != at::kBool || a.mask->numel() != tokens || a.mask->device() != device))
     return false;
   if (a.gate == "sequence") {
     if (a.cu_seqlens || sequences(a, tokens) != tokens) return false;
@@ -91,7 +97,9 @@ Output decode(const Arguments& a, const at::Tensor* weight, at::Tensor out, int6
   const at::Tensor before = a.state ? a.state->to(at::kFloat).contiguous() : at::Tensor();
   const at::Tensor fire = at::empty(a.x.sizes().slice(0, a.x.dim() - 1), x.options().dtype(at::kBool));
   const at::Tensor after = at::empty({sequence ? tokens : 0, 3}, x.options().dtype(at::kFloat));
-  const bool own_base = weight != nullptr && tokens <= (getenv("CH_OWN") ? atoi(getenv("CH_OWN")) : kOwnBaseTokens) && has_rows(*weight);
+  const bool own_base = weight != nullptr &&
+                        tokens <= (getenv("CH_OWN") ? atoi(getenv("CH_OWN")) : kOwnBaseTokens) &&
+                        has_rows(*weight);
 
   Decode call = {};
   call.bf16 = a.B.scalar_type() == at::kBFloat16;
@@ -143,9 +151,9 @@ Output decode(const Arguments& a, const at::Tensor* weight, at::Tensor out, int6
 
 }  // namespace
 
-Output gated_delta_cuda(const at::Tensor& out, const at::Tensor& x, const OptionalTensor& U, const at::Tensor& B,
-                        const at::Tensor& threshold, const OptionalTensor& sketch, std::string_view gate,
-                        const OptionalTensor& mask, const OptionalTensor& cu_seqlens,
+Output gated_delta_cuda(const at::Tensor& out, const at::Tensor& x, const OptionalTensor& U,
+                        const at::Tensor& B, const at::Tensor& threshold, const OptionalTensor& sketch,
+                        std::string_view gate, const OptionalTensor& mask, const OptionalTensor& cu_seqlens,
                         const OptionalTensor& state) {
   const Arguments a{x, std::nullopt, U, B, threshold, sketch, gate, mask, cu_seqlens, state};
   const int64_t m = U ? U->size(0) : B.size(0);
@@ -164,8 +172,8 @@ Output gated_linear_cuda(const at::Tensor& x, const at::Tensor& weight, const Op
                          const OptionalTensor& sketch, std::string_view gate, const OptionalTensor& mask,
                          const OptionalTensor& cu_seqlens, const OptionalTensor& state) {
   const Arguments a{x, bias, U, B, threshold, sketch, gate, mask, cu_seqlens, state};
-  if (weight.dim() == 2 && weight.scalar_type() == B.scalar_type() && weight.device() == B.device() && B.dim() == 2 &&
-      weight.size(1) == B.size(1) && takes(a, weight.size(0))) {
+  if (weight.dim() == 2 && weight.scalar_type() == B.scalar_type() && weight.device() == B.device() &&
+      B.dim() == 2 && weight.size(1) == B.size(1) && takes(a, weight.size(0))) {
     return decode(a, &weight, at::Tensor(), weight.size(0));
   }
   static const auto triton = c10::Dispatcher::singleton()

@@ -1,5 +1,5 @@
-// The CUDA key of gated_linear and gated_delta: few tokens go to decode.cu, all else to the Triton operators that
-// coachhook_fast/ops/gated_linear_cuda.py registers under the names with "_triton".
+// The CUDA key of gated_linear and gated_delta: few tokens go to decode.cu, all else to the Triton operators
+// that coachhook_fast/ops/gated_linear_cuda.py registers under the names with "_triton".
 #pragma once
 
 #include "gated_linear.h"
