@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
+from coachhook_fast.bench import gpu_targets
 from coachhook_fast.bench.rows import Row, baseline, once, row
-from coachhook_fast.bench.workload import corpus, gemm_rate, requests
+from coachhook_fast.bench.workload import corpus, gemm_rate, needed_flops, requests
 from coachhook_fast.config import PAPER, EditConfig
 from coachhook_fast.editor import Editor
 from coachhook_fast.forward import frozen
@@ -22,7 +23,10 @@ from coachhook_fast.targets import Target, optimise
 
 
 def run(model: str = "smollm2", count: int = 20, sample: int = 4) -> list[Row]:
-    """Rows "target values" and "whole batch" of `count` edits; the baseline does `sample` of them."""
+    """Rows "target values" and "whole batch" of `count` edits; the baseline does `sample` of them. Where there is a
+    GPU, rows of random models on it instead (gpu_targets.py), which need no files."""
+    if torch.cuda.is_available():
+        return gpu_targets.run()
     loaded, tokenizer = load_model(model, dtype=torch.float32)
     editor = Editor(loaded, tokenizer, EditConfig(**PAPER))  # six rows a request and 25 steps, as published
     editor.collect_statistics(corpus(), progress=False)
@@ -63,19 +67,9 @@ def _values(editor: Editor, batch: list[TokenisedRequest], sample: int, shape: s
 
 
 def _floor(editor: Editor, batch: list[TokenisedRequest], found: list[Target], before: float) -> float:
-    """Seconds of what a step cannot avoid, over all steps: upper blocks forward and backward for the tokens from the
-    lookup position on, the head at predicted positions; and the lower blocks once. At the better of two product rates,
-    one taken `before` the work (flops/s) and one now, since a noisy machine may slow down in either moment."""
-    partial, last = editor.partial, editor.layers[-1]
-    size = [sum(p.numel() for p in block.parameters() if p.dim() == 2) for block in partial.blocks]
-    head: Any = editor.model.get_output_embeddings()  # type: ignore[operator]
-    total = 0.0
-    for tokens, target in zip(batch, found, strict=True):
-        upper = sum(len(r.prompt) + len(r.target) - 1 - r.lookup for r in tokens.rows) + 1
-        predicted = sum(len(r.target) for r in tokens.rows) + 1
-        total += (target.steps + 1) * 4.0 * (upper * sum(size[last + 1 :]) + predicted * head.weight.numel())
-        total += 2.0 * sum(len(r.prompt) + len(r.target) for r in tokens.rows) * sum(size)
-    return total / max(before, gemm_rate())
+    """Seconds of what no step can avoid, at the better of two product rates, one taken `before` the work (flops/s) and
+    one now, since a noisy machine may slow down in either moment."""
+    return needed_flops(editor.partial, editor.layers[-1], batch, found) / max(before, gemm_rate())
 
 
 def _batches(editor: Editor, batch: list[TokenisedRequest], sample: int, shape: str) -> Row:
