@@ -7,6 +7,7 @@ import torch
 from tiny import FAMILIES, tiny_model
 
 from coachhook_fast.architectures import layout_of
+from coachhook_fast.block_masks import select_masks
 from coachhook_fast.forward import PartialModel, align_rows, frozen, real_places
 from coachhook_fast.prefix_cache import PrefixCache
 
@@ -52,6 +53,23 @@ def test_gathered_logits_are_those_positions() -> None:
         result, _ = partial.run(batch.columns(0))
     torch.testing.assert_close(result.logits[0], whole[rows, columns])
     assert partial.model(**batch.columns(0)).logits.shape == whole.shape  # the hook is gone
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_masks_made_before_serve_as_those_of_the_pass(family: str) -> None:
+    partial, batch = setup(family)
+    inputs = batch.columns(0)
+    whole = partial.model(**inputs).logits
+    masks = partial.masks(inputs, torch.zeros(*batch.input_ids.shape, 1))
+    assert masks is not None
+    assert len(masks) == len(partial.blocks)
+    result, _ = partial.run(inputs, masks=masks)
+    torch.testing.assert_close(result.logits, whole, rtol=0, atol=0)
+    kept = torch.tensor([0, 2])
+    result, _ = partial.run(batch.select(kept).columns(0), masks=select_masks(masks, kept))
+    torch.testing.assert_close(result.logits, whole[kept], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(partial.model(**inputs).logits, whole, rtol=0, atol=0)  # the hooks are gone
 
 
 @pytest.mark.parametrize("family", FAMILIES)
