@@ -15,7 +15,10 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = [f"tests/test_{name}.py" for name in ("kernels", "gated_linear", "layer", "aot", "cholesky", "memory", "gpu")]
+TESTS = [
+    f"tests/test_{name}.py"
+    for name in ("kernels", "gated_linear", "layer", "aot", "cholesky", "memory", "gpu", "gpu_editing")
+]
 # (shape, rank, tokens, ours over the plain projection at most)
 LIMITS = (
     ("gpt-j", 100, 1, 1.08),

@@ -6,6 +6,7 @@ it is replayed. A step that cannot be recorded goes on as it is.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import time
@@ -90,22 +91,18 @@ class Repeated:
 
     def _record(self) -> None:
         """Records the step, which runs nothing; a warning where it cannot be recorded."""
-        begin, graph = time.perf_counter(), torch.cuda.CUDAGraph()
+        begin = time.perf_counter()
         try:
-            # The outer one gives the caller's stream back where the end of a failed recording raises too. Other
-            # threads may serve the model meanwhile: their calls are no errors ("thread_local").
-            with (
-                torch.cuda.stream(torch.cuda.current_stream()),
-                torch.cuda.graph(graph, stream=_stream(), capture_error_mode="thread_local"),
-            ):
-                self._answer = self._work()
+            self._graph, self._answer = _recorded(self._work)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
             self._recording.refuse(str(error))
-            warnings.warn(f"a step could not be recorded as a CUDA graph, it runs as it is: {error}", stacklevel=2)
-        else:
-            self._graph, self._record_seconds = graph, time.perf_counter() - begin
+            warnings.warn(f"a step could not be recorded as a CUDA graph, it runs as it is: {error}", stacklevel=3)
+            # torch's generator takes the recording for one under way still, until another has ended well.
+            with contextlib.suppress(RuntimeError):
+                _recorded(lambda: torch.zeros(1, device="cuda"))
+        self._record_seconds = time.perf_counter() - begin
 
     def _replay(self) -> Tensor:
         if self._graph is None:
@@ -113,6 +110,19 @@ class Repeated:
         assert self._answer is not None
         self._graph.replay()
         return self._answer
+
+
+def _recorded(work: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    """`work` as a graph, and the tensor that a replay leaves its answer in. It is not run."""
+    graph = torch.cuda.CUDAGraph()
+    # The outer one gives the caller's stream back where the end of a failed recording raises too. Other threads may
+    # serve the model meanwhile: their calls are no errors ("thread_local").
+    with (
+        torch.cuda.stream(torch.cuda.current_stream()),
+        torch.cuda.graph(graph, stream=_stream(), capture_error_mode="thread_local"),
+    ):
+        answer = work()
+    return graph, answer
 
 
 def _stream() -> torch.cuda.Stream:

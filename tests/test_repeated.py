@@ -71,6 +71,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
     stand_in = Cuda()
     for name in ("current_stream", "stream", "current_device", "CUDAGraph", "graph"):
         monkeypatch.setattr(torch.cuda, name, getattr(stand_in, name))
+    monkeypatch.setattr(torch, "zeros", lambda *_, **__: torch.ones(1))  # CPU builds know no such device
     monkeypatch.setattr(repeated, "_stream_of", lambda _: stand_in)
     monkeypatch.setattr(repeated, "_refusal", lambda _: None)
     return stand_in
