@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from coachhook_fast.architectures import Layout
+from coachhook_fast.block_masks import BlockMasks, given_masks, taken_masks
 from coachhook_fast.placement import input_device
 from coachhook_fast.products import fast_linears, replaced_forward
 from coachhook_fast.tensor_parallel import column_shard
@@ -62,6 +63,12 @@ def align_rows(rows: Sequence[Sequence[int]], lookups: Sequence[int], pad_id: in
     return TokenBatch(input_ids.to(device), mask.to(device), positions.to(device), column)
 
 
+def real_places(mask: Tensor) -> Tensor | None:
+    """Where in the flattened `mask` [N, T] the tokens stand that are no padding; None where none is."""
+    places = mask.flatten().nonzero()[:, 0]
+    return places if places.numel() < mask.numel() else None
+
+
 @dataclass
 class Recorded:
     """What a pass was asked to keep, by block.
@@ -104,6 +111,7 @@ class PartialModel:
         until: int | None = None,
         keys: Sequence[int] = (),
         outputs: Sequence[int] = (),
+        masks: BlockMasks | None = None,
         **options: Any,
     ) -> tuple[Any, Recorded]:
         """One forward pass.
@@ -113,12 +121,18 @@ class PartialModel:
             resume: (block, its output [N, T, m]); blocks up to it are not computed.
             until: last block to compute; the pass then ends and its result is None.
             keys: blocks whose down-projection input to keep; outputs: blocks whose output to keep.
+            masks: what `masks` answered for the same tokens; the model then makes none.
             options: further arguments of the model's forward.
         """
         recorded = Recorded()
         with fast_linears(self.model), ExitStack() as stack:
             if resume is not None:
                 stack.enter_context(self._resumed(*resume))
+            if masks is not None:
+                stack.enter_context(given_masks(self.blocks, masks))
+                # transformers passes a mask of four dimensions on as it is.
+                made = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=inputs["attention_mask"].device)
+                inputs = {**inputs, "attention_mask": made}
             for index in keys:
                 down = self.layout.down_projection(self.model, index)
                 stack.enter_context(_removing(_keep_keys(down, index, recorded.keys)))
@@ -134,6 +148,15 @@ class PartialModel:
             except _Stop:
                 result = None
         return result, recorded
+
+    def masks(self, inputs: dict[str, Tensor], hidden: Tensor, **options: Any) -> BlockMasks | None:
+        """The attention masks that the model makes of `inputs` for its blocks, whose hidden states are like `hidden`
+        [N, T, m]; None where it hands its blocks none, or something else."""
+        last = len(self.blocks) - 1
+        with taken_masks(self.blocks) as taken:
+            self.run(inputs, resume=(last, hidden), until=last, **options)
+        usual = all(mask is None or (isinstance(mask, Tensor) and mask.dim() == 4) for mask in taken)
+        return tuple(taken) if usual and len(taken) == len(self.blocks) else None
 
     @contextmanager
     def gathered_logits(self, rows: Tensor, columns: Tensor) -> Iterator[None]:
@@ -151,11 +174,11 @@ class PartialModel:
             yield
 
     @contextmanager
-    def unpadded_ffns(self, mask: Tensor) -> Iterator[None]:
-        """Within it the FFNs of known families compute only the tokens of `mask` [N, T], and answer 0 for others."""
-        places = mask.flatten().nonzero()[:, 0]
+    def unpadded_ffns(self, places: Tensor | None) -> Iterator[None]:
+        """Within it the FFNs of known families compute only the tokens at `places` (see `real_places`), and answer 0
+        for others."""
         with ExitStack() as stack:
-            if places.numel() < mask.numel():
+            if places is not None:
                 for ffn in self.layout.ffns(self.model):
                     stack.enter_context(replaced_forward(ffn, _over(places, ffn.forward)))
             yield

@@ -18,8 +18,9 @@ class _FixedLayer(DynamicLayer):
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         super().__init__()
-        self.lazy_initialization(keys, values)
+        # As lazy_initialization does, but for tensors of its own, copied from the host: a CUDA graph holds no copies.
         self.keys, self.values = keys, values
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object

@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from coachhook_fast.block_masks import BlockMasks, select_masks
 from coachhook_fast.config import EditConfig
-from coachhook_fast.forward import PartialModel, TokenBatch, align_rows
+from coachhook_fast.forward import PartialModel, TokenBatch, align_rows, real_places
 from coachhook_fast.prefix_cache import PrefixCache
 from coachhook_fast.request import TokenisedRequest
 
@@ -24,6 +25,8 @@ class TargetRows:
     Attributes:
         hidden: [N, q, m] clean output of the last edited block from the lookup column on.
         cache: keys and values of the columns before, in the blocks above.
+        masks: attention masks of the blocks; None where the model must make them in every pass.
+        places: where in the flattened [N, q] the tokens stand that are no padding; None where none is.
         request, row, column, targets, weights: [P], one entry a predicted target token: its request, the row within
             the request, the column that predicts it (0 is the lookup position), the token, and its share of the loss
             (1 / contexts / target tokens).
@@ -34,6 +37,8 @@ class TargetRows:
     tokens: TokenBatch
     hidden: Tensor
     cache: PrefixCache
+    masks: BlockMasks | None
+    places: Tensor | None
     rows_each: int
     request: Tensor
     row: Tensor
@@ -86,12 +91,17 @@ class TargetRows:
         _, below = partial.run(padded.columns(0), until=last, outputs=[last])
         hidden = below.outputs[last]
         cache = PrefixCache.fill(partial, last, padded, hidden)
+        hidden, inputs = hidden[:, padded.lookup :], padded.columns(padded.lookup)
+        # The `sequence` gate, for which rows are whole, reads the model's own mask.
+        masks = None if whole_rows else partial.masks(inputs, hidden, **cache.options(partial.model))
         request, row_number, column, targets = torch.tensor(predictions, device=partial.device).unbind(1)
         fixed_request, fixed_row, fixed_column = torch.tensor(fixed, device=partial.device).unbind(1)
         return cls(
             tokens=padded,
-            hidden=hidden[:, padded.lookup :],
+            hidden=hidden,
             cache=cache,
+            masks=masks,
+            places=real_places(padded.attention_mask[:, padded.lookup :]),
             rows_each=len(batch[0].rows) + own_kl_row,
             request=request,
             row=row_number,
@@ -110,9 +120,12 @@ class TargetRows:
         renumbered = torch.full((int(self.request.max()) + 1,), -1, device=kept.device)
         renumbered[kept] = torch.arange(kept.numel(), device=kept.device)
         mine, fixed = renumbered[self.request] >= 0, self.fixed_of(kept)
+        tokens = self.tokens.select(rows)
         return replace(
             self,
-            tokens=self.tokens.select(rows),
+            tokens=tokens,
+            places=real_places(tokens.attention_mask[:, tokens.lookup :]),
+            masks=None if self.masks is None else select_masks(self.masks, rows),
             hidden=self.hidden[rows],
             cache=self.cache.select(rows),
             request=renumbered[self.request][mine],

@@ -10,7 +10,8 @@ The last term is not the paper's and off by default (docs/notes/drift.md).
 What does not depend on δ is computed once: the blocks up to the last edited one, and in the blocks above it the keys
 and values of all tokens before the lookup position, which act as a fixed cache. A step then runs the upper blocks over
 the few tokens from the lookup position on, and the output head at the target positions only. Every request has its own
-δ, Adam state, projection and stopping rule; a request that has converged leaves the batch.
+δ, Adam state, projection and stopping rule; a request that has converged leaves the batch, on a GPU as soon as that
+saves more than recording the smaller step anew costs (repeated.py).
 
 Requests about one subject have nearly parallel keys: a layer cannot map one key to two values, and would give both the
 mean of the two. Such requests share one δ, which minimises the mean of their losses, so that both can succeed.
@@ -30,6 +31,8 @@ from coachhook_fast.config import EditConfig
 from coachhook_fast.distributed import workers
 from coachhook_fast.forward import PartialModel
 from coachhook_fast.progress import Bar
+from coachhook_fast.projected_adam import ProjectedAdam
+from coachhook_fast.repeated import Recording, Repeated
 from coachhook_fast.request import TokenisedRequest, by_subject
 from coachhook_fast.target_rows import TargetRows, needs_kl_row
 from coachhook_fast.tensor_parallel import is_tensor_parallel
@@ -70,6 +73,7 @@ def optimise(
     known: Mapping[int, Target] | None = None,
     keep: Callable[[dict[int, Target]], None] | None = None,
     budget: TokenBudget | None = None,
+    graphs: bool = True,
 ) -> list[Target]:
     """Target values of `batch`, or of its requests `only`, in their order.
 
@@ -82,6 +86,7 @@ def optimise(
         known: targets found before an interruption, by position in the batch; they are not sought again.
         keep: given the targets of each group as soon as they are found.
         budget: most tokens a group; it learns from every group. None: a fresh one of `max_batch_tokens`.
+        graphs: record steps as CUDA graphs where the model allows it.
 
     Under torch.distributed the groups are shared out over the ranks, where each has a whole model, and every rank
     returns all targets.
@@ -96,6 +101,7 @@ def optimise(
     mine: dict[int, Target] = {}
     rank, world = workers(partial.model)
     budget = budget or TokenBudget(config.max_batch_tokens, partial.device)
+    recording = Recording(partial.model, wanted=graphs)
     waiting = _groups(clusters, batch, budget.tokens, whole_rows)[rank::world]
     together = is_tensor_parallel(partial.model)  # all ranks are in one group, whatever the memory of one shows
     while waiting:
@@ -108,7 +114,9 @@ def optimise(
             with budget.measured(tokens):
                 rows = TargetRows.build(partial, last, [batch[index] for index in members], config, pad_id, whole_rows)
                 sizes = [len(cluster) for cluster in group]
-                found = _Problem(partial, last, rows, v0[:, members].T, sizes, config).solve()
+                if rows.masks is None:
+                    recording.refuse("the model must make its attention masks in every pass")
+                found = _Problem(partial, last, rows, v0[:, members].T, sizes, config, recording).solve()
         except torch.OutOfMemoryError:
             if len(group) == 1 or together:
                 raise
@@ -133,79 +141,116 @@ class _Problem:
     """The optimisation of one group: clusters of requests, each cluster with one δ (most hold one request)."""
 
     def __init__(
-        self, partial: PartialModel, last: int, rows: TargetRows, v0: Tensor, sizes: list[int], config: EditConfig
+        self,
+        partial: PartialModel,
+        last: int,
+        rows: TargetRows,
+        v0: Tensor,
+        sizes: list[int],
+        config: EditConfig,
+        recording: Recording,
     ) -> None:
         self.partial = partial
         self.last = last
         self.rows = rows
         # δ and its optimiser live in fp32 at least, whatever the model computes in.
         self.v0 = v0.to(torch.promote_types(v0.dtype, torch.float32))
-        self.clusters = [[sum(sizes[:c]) + i for i in range(size)] for c, size in enumerate(sizes)]
         self.config = config
+        self.recording = recording
+        # The requests of each cluster at hand, by their order in the group.
+        self.members = [list(range(sum(sizes[:c]), sum(sizes[: c + 1]))) for c in range(len(sizes))]
+        self._number()
+        lengths = torch.stack([part.min() for part in self.lengths.split(sizes)])
+        # Adam moves each of m coordinates by about the rate, so δ by √m rates: a share of ||v0|| suits every model.
+        rates = STEP_SHARE * lengths / self.v0.shape[1] ** 0.5
+        rates = torch.full_like(lengths, config.v_lr) if config.v_lr else rates
+        self.adam = ProjectedAdam(rates, config.clamp_norm_factor * lengths, self.v0.shape[1])
+        self.going = torch.ones_like(lengths, dtype=torch.bool)
         self.clean: Tensor | None = None  # [F, V] log p0 at the rows' fixed places
+
+    def _number(self) -> None:
+        """What follows from `members`, on the device."""
+        sizes = [len(members) for members in self.members]
+        numbers = [c for c, size in enumerate(sizes) for _ in range(size)]
+        self.cluster = torch.tensor(numbers, device=self.v0.device)  # [n] of each request at hand
+        self.shares = self.v0.new_tensor([1.0 / size for size in sizes for _ in range(size)])
+        self.lengths = self.v0[[i for members in self.members for i in members]].norm(dim=1)
 
     def solve(self) -> list[Target]:
         """Targets of the requests, in order."""
-        lengths = [self.v0[members].norm(dim=1).min() for members in self.clusters]
-        deltas = [torch.zeros_like(self.v0[members[0]]).requires_grad_() for members in self.clusters]
-        # Adam moves each of m coordinates by about the rate, so δ by √m rates: a share of ||v0|| suits every model.
-        rates = [self.config.v_lr or STEP_SHARE * float(length) / deltas[0].numel() ** 0.5 for length in lengths]
-        groups = [{"params": [delta], "lr": rate} for delta, rate in zip(deltas, rates, strict=True)]
-        adam = torch.optim.Adam(groups)
-        active = list(range(len(self.clusters)))
         found: dict[int, Target] = {}
-        for step in range(self.config.v_num_grad_steps + 1):
-            final = step == self.config.v_num_grad_steps
-            requests = [i for c in active for i in self.clusters[c]]
-            with torch.set_grad_enabled(not final):
-                shifts = torch.stack([deltas[c] for c in active for _ in self.clusters[c]])
-                losses = self._losses(shifts, requests)
-            values = dict(zip(requests, losses.detach().tolist(), strict=True))
-            going = []
-            for c in active:
-                open_ones = [i for i in self.clusters[c] if values[i] >= self.config.v_loss_threshold]
-                if open_ones and not final:
-                    going.append(c)
-                else:  # NaN stops too, and is reported by the caller
-                    for i in self.clusters[c]:
-                        found[i] = Target(self.v0[i] + deltas[c].detach(), values[i], step)
-            if not going:
-                break
-            shares = losses.new_tensor([1.0 / len(self.clusters[c]) for c in active for _ in self.clusters[c]])
-            gradients = torch.autograd.grad((losses * shares).sum(), [deltas[c] for c in going])
-            adam.zero_grad(set_to_none=True)  # clusters without a gradient are passed over by Adam
-            for c, gradient in zip(going, gradients, strict=True):
-                deltas[c].grad = gradient
-            adam.step()
-            with torch.no_grad():
-                for c in going:
-                    bound = self.config.clamp_norm_factor * lengths[c]
-                    deltas[c] *= (bound / deltas[c].norm().clamp(min=1e-30)).clamp(max=1.0)
-            if len(going) < len(active):
-                self._drop_all_but([requests.index(i) for c in going for i in self.clusters[c]])
-                active = going
-        return [found[i] for i in range(self.v0.shape[0])]
+        most = self.config.v_num_grad_steps
+        step = Repeated(self._step, self.recording)
+        for number in range(most):
+            numbers = step()
+            requests = [i for members in self.members for i in members]
+            losses, going = dict(zip(requests, numbers, strict=False)), numbers[len(requests) :]
+            gone = [c for c, goes in enumerate(going) if not goes and self.members[c][0] not in found]
+            found |= self._targets(gone, losses, number)
+            if not any(going):
+                return [found[i] for i in range(len(found))]
+            if step.worth_shrinking(1 - sum(going) / len(going), most - number):
+                self._keep([c for c, goes in enumerate(going) if goes])
+                step = Repeated(self._step, self.recording)
+        del step  # a graph keeps the memory of its step
+        self._keep([c for c, members in enumerate(self.members) if members[0] not in found])
+        with torch.no_grad():
+            losses = dict(zip([i for members in self.members for i in members], self._losses().tolist(), strict=True))
+        found |= self._targets(range(len(self.members)), losses, most)
+        return [found[i] for i in range(len(found))]
 
-    def _drop_all_but(self, positions: list[int]) -> None:
-        kept = torch.tensor(positions, device=self.v0.device)
+    def _targets(self, clusters: Sequence[int], losses: Mapping[int, float], step: int) -> dict[int, Target]:
+        """Targets of the requests of `clusters` (positions among those at hand), by their δ of now."""
+        with torch.no_grad():
+            return {
+                i: Target(self.v0[i] + self.adam.rows[c], losses[i], step) for c in clusters for i in self.members[c]
+            }
+
+    def _step(self) -> Tensor:
+        """One Adam step of the clusters that go on; [n + C] losses before it, then which clusters go on (0 or 1).
+
+        Nothing in it waits for the device, so that it may be recorded.
+        """
+        losses = self._losses()
+        gradients = torch.autograd.grad((losses * self.shares).sum(), self.adam.rows)[0]
+        with torch.no_grad():
+            # NaN stops too, and is reported by the caller.
+            is_open = (losses.double() >= self.config.v_loss_threshold).double()
+            self.going &= torch.zeros_like(self.going, dtype=torch.float64).index_add(0, self.cluster, is_open) > 0
+            self.adam.step(gradients, self.going)
+            return torch.cat([losses.double(), self.going.double()])
+
+    def _keep(self, clusters: list[int]) -> None:
+        """Goes on with `clusters` alone (positions among those at hand)."""
+        if len(clusters) == len(self.members):
+            return
+        starts = [sum(map(len, self.members[:c])) for c in range(len(self.members))]
+        requests = [starts[c] + i for c in clusters for i in range(len(self.members[c]))]
+        kept = torch.tensor(requests, device=self.v0.device)
         if self.clean is not None:
             self.clean = self.clean[self.rows.fixed_of(kept)]
         self.rows = self.rows.select(kept)
+        chosen = torch.tensor(clusters, device=self.v0.device)
+        self.adam.select(chosen)
+        self.going = self.going[chosen]
+        self.members = [self.members[c] for c in clusters]
+        self._number()
 
-    def _losses(self, shifts: Tensor, requests: list[int]) -> Tensor:
-        """[n] losses of the n requests at hand for their δ `shifts` [n, m]."""
+    def _losses(self) -> Tensor:
+        """[n] losses of the n requests at hand."""
         rows = self.rows
-        per_row = shifts.repeat_interleave(rows.rows_each, dim=0).to(rows.hidden.dtype)
+        shifts = self.adam.rows.index_select(0, self.cluster)
+        per_row = shifts[:, None].expand(-1, rows.rows_each, -1).flatten(0, 1).to(rows.hidden.dtype)
         hidden = torch.cat([(rows.hidden[:, :1] + per_row[:, None]), rows.hidden[:, 1:]], dim=1)
         at_rows = torch.cat(
             [rows.request * rows.rows_each + rows.row, rows.fixed_request * rows.rows_each + rows.fixed_row]
         )
         at_columns = torch.cat([rows.column, rows.fixed_column])
-        real = rows.tokens.attention_mask[:, rows.tokens.lookup :]
-        with self.partial.gathered_logits(at_rows, at_columns), self.partial.unpadded_ffns(real):
+        with self.partial.gathered_logits(at_rows, at_columns), self.partial.unpadded_ffns(rows.places):
             result, _ = self.partial.run(
                 rows.tokens.columns(rows.tokens.lookup),
                 resume=(self.last, hidden),
+                masks=rows.masks,
                 **rows.cache.options(self.partial.model),
             )
         logits = result.logits[0]
@@ -216,7 +261,7 @@ class _Problem:
         if self.clean is None:  # the first step has δ = 0
             self.clean = log_fixed.detach()
         kl = (self.clean.exp() * (self.clean - log_fixed)).sum(-1) * rows.fixed_weights.to(log_p.dtype)
-        total = self.config.v_weight_decay * shifts.norm(dim=1) / self.v0[requests].norm(dim=1).square()
+        total = self.config.v_weight_decay * shifts.norm(dim=1) / self.lengths.square()
         total = total.to(log_p.dtype).index_add(0, rows.request, nll)
         return total.index_add(0, rows.fixed_request, kl)
 

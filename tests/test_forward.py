@@ -7,7 +7,8 @@ import torch
 from tiny import FAMILIES, tiny_model
 
 from coachhook_fast.architectures import layout_of
-from coachhook_fast.forward import PartialModel, align_rows, frozen
+from coachhook_fast.block_masks import select_masks
+from coachhook_fast.forward import PartialModel, align_rows, frozen, real_places
 from coachhook_fast.prefix_cache import PrefixCache
 
 ROWS = [[5, 9, 30, 41, 7, 8], [11, 12, 13], [60, 61, 62, 63, 64, 65, 66, 67, 68, 69, 70, 71], [99]]
@@ -56,6 +57,23 @@ def test_gathered_logits_are_those_positions() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
+def test_masks_made_before_serve_as_those_of_the_pass(family: str) -> None:
+    partial, batch = setup(family)
+    inputs = batch.columns(0)
+    whole = partial.model(**inputs).logits
+    masks = partial.masks(inputs, torch.zeros(*batch.input_ids.shape, 1))
+    assert masks is not None
+    assert len(masks) == len(partial.blocks)
+    result, _ = partial.run(inputs, masks=masks)
+    torch.testing.assert_close(result.logits, whole, rtol=0, atol=0)
+    kept = torch.tensor([0, 2])
+    result, _ = partial.run(batch.select(kept).columns(0), masks=select_masks(masks, kept))
+    torch.testing.assert_close(result.logits, whole[kept], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(partial.model(**inputs).logits, whole, rtol=0, atol=0)  # the hooks are gone
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
 def test_ffns_without_padding_change_no_real_token(family: str) -> None:
     partial, batch = setup(family)
     real = batch.attention_mask
@@ -64,7 +82,7 @@ def test_ffns_without_padding_change_no_real_token(family: str) -> None:
         lambda _, args: seen.append(args[0].flatten(0, -2).shape[0])
     )
     whole = partial.model(**batch.columns(0)).logits
-    with partial.unpadded_ffns(real):
+    with partial.unpadded_ffns(real_places(real)):
         result, _ = partial.run(batch.columns(0))
     partial.model(**batch.columns(0))
     handle.remove()
@@ -80,7 +98,7 @@ def test_ffns_of_unknown_families_keep_their_padding() -> None:
     names = {"layer_module_tmp": "model.layers.{}", "rewrite_module_tmp": "model.layers.{}.mlp.down_proj"}
     partial, batch = PartialModel(model, layout_of(model, **names)), setup("llama")[1]
     whole = model(**batch.columns(0)).logits
-    with partial.unpadded_ffns(batch.attention_mask):
+    with partial.unpadded_ffns(real_places(batch.attention_mask)):
         result, _ = partial.run(batch.columns(0))
     torch.testing.assert_close(result.logits, whole, rtol=0, atol=0)
 

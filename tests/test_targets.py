@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ from coachhook_fast.architectures import layout_of
 from coachhook_fast.budget import START_TOKENS, TokenBudget
 from coachhook_fast.forward import PartialModel, frozen
 from coachhook_fast.keys import bare_outputs
+from coachhook_fast.projected_adam import ProjectedAdam
+from coachhook_fast.repeated import Repeated
 from coachhook_fast.request import TokenisedRequest
 from coachhook_fast.target_rows import TargetRows
 from coachhook_fast.targets import Target, optimise
@@ -90,6 +93,56 @@ def test_a_batch_equals_one_at_a_time(family: str) -> None:
     tolerance = 1e-9 if family in ("gpt2", "llama") else 1e-4  # the others compute their softmax in fp32
     for target, (value, _) in zip(found, wanted, strict=True):
         assert float((target.value - value).norm() / value.norm()) < tolerance
+
+
+@pytest.mark.parametrize("shrinks", [lambda share: False, lambda share: share > 0.4])
+def test_requests_that_stay_in_the_batch_after_they_converged_change_nothing(
+    shrinks: Callable[[float], bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where steps are CUDA graphs, which are not recorded anew for every request that leaves."""
+    model, tokenizer = tiny_model("llama", dtype=torch.float64), tiny_tokenizer()
+    partial = PartialModel(model, layout_of(model))
+    pair = [EditRequest("{} works as a", "Ada Vale", "pilot"), EditRequest("{} was born in", "Ada Vale", "Oslo")]
+    batch = [request.tokenise(tokenizer, CONTEXTS) for request in (*pair, *requests_of(5))]
+    config = EditConfig(v_lr=0.5, v_num_grad_steps=8, v_loss_threshold=6.8, clamp_norm_factor=4.0)
+
+    def found() -> list[Target]:
+        with frozen(model):
+            v0 = bare_outputs(partial, 2, batch, pad_id=0, max_tokens=400)
+            return optimise(partial, 2, batch, v0, config, pad_id=0, whole_rows=False)
+
+    wanted = found()
+    assert len({target.steps for target in wanted}) > 2
+    monkeypatch.setattr(Repeated, "worth_shrinking", lambda _, share, __: shrinks(share))
+    for target, expected in zip(found(), wanted, strict=True):
+        assert target.steps == expected.steps
+        assert target.loss == pytest.approx(expected.loss, rel=1e-9)
+        torch.testing.assert_close(target.value, expected.value, rtol=1e-9, atol=1e-9)
+
+
+def test_rows_move_as_under_adam() -> None:
+    generator = torch.Generator().manual_seed(0)
+    rates, bounds = torch.tensor([0.3, 0.5, 0.1]), torch.tensor([0.4, 50.0, 50.0])
+    ours = ProjectedAdam(rates, bounds, 7)
+    theirs = [torch.zeros(7, requires_grad=True) for _ in rates]
+    adam = torch.optim.Adam([{"params": [p], "lr": float(rate)} for p, rate in zip(theirs, rates, strict=True)])
+    for step in range(6):
+        gradients = torch.randn(3, 7, generator=generator)
+        ours.step(gradients, torch.tensor([True, True, step < 3]))
+        for parameter, gradient in zip(theirs, gradients, strict=True):
+            parameter.grad = gradient.clone()
+        if step >= 3:
+            theirs[2].grad = None
+        adam.step()
+        with torch.no_grad():
+            theirs[0] *= (bounds[0] / theirs[0].norm()).clamp(max=1.0)
+    torch.testing.assert_close(ours.rows, torch.stack(theirs))
+    ours.select(torch.tensor([1]))
+    gradient = torch.randn(1, 7, generator=generator)
+    ours.step(gradient, torch.tensor([True]))
+    theirs[0].grad, theirs[1].grad = None, gradient[0]
+    adam.step()
+    torch.testing.assert_close(ours.rows[0], theirs[1])
 
 
 def solve(requests: list[EditRequest], **options: Any) -> list[Target]:

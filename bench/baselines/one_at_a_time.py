@@ -16,11 +16,11 @@ from coachhook_fast.config import EditConfig
 from coachhook_fast.request import TokenisedRequest
 
 
-def _padded(rows: Sequence[Sequence[int]], pad_id: int) -> dict[str, Tensor]:
+def _padded(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> dict[str, Tensor]:
     """Right-padded model inputs."""
     width = max(map(len, rows))
-    ids = torch.tensor([[*row, *[pad_id] * (width - len(row))] for row in rows])
-    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+    ids = torch.tensor([[*row, *[pad_id] * (width - len(row))] for row in rows], device=device)
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
     return {"input_ids": ids, "attention_mask": mask}
 
 
@@ -29,8 +29,10 @@ def target_value(
 ) -> tuple[Tensor, int]:
     """v* [m] of one request and the number of Adam steps."""
     rows = [*tokens.rows, tokens.kl]
-    inputs = _padded([row.prompt + row.target for row in rows], pad_id)
-    lookups = torch.tensor([row.lookup for row in rows])
+    inputs = _padded([row.prompt + row.target for row in rows], pad_id, model.device)
+    lookups = torch.tensor([row.lookup for row in rows], device=model.device)
+    numbers = torch.arange(len(rows), device=model.device)
+    answers = [torch.tensor(row.target, device=model.device)[:, None] for row in tokens.rows]
     v0: list[Tensor] = []
     delta: Tensor | None = None
 
@@ -38,10 +40,11 @@ def target_value(
         nonlocal delta
         hidden = output[0] if isinstance(output, tuple) else output
         if delta is None:
-            v0.append(hidden[len(tokens.rows) - 1, tokens.bare.lookup].detach().clone())
+            bare = hidden[len(tokens.rows) - 1, tokens.bare.lookup].detach().clone()
+            v0.append(bare.to(torch.promote_types(bare.dtype, torch.float32)))  # δ is fp32 in the published code too
             delta = torch.zeros_like(v0[0], requires_grad=True)
         hidden = hidden.clone()
-        hidden[torch.arange(len(rows)), lookups] += delta
+        hidden[numbers, lookups] += delta.to(hidden.dtype)
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
     handle = block.register_forward_hook(shift)
@@ -52,12 +55,12 @@ def target_value(
             logits = model(**inputs, use_cache=False).logits
             assert delta is not None
             adam = adam or torch.optim.Adam([delta], lr=config.v_lr)
-            log_p = logits.log_softmax(-1)
+            log_p = logits.log_softmax(-1, dtype=delta.dtype)
             losses = []
             for index, row in enumerate(tokens.rows):
                 first = len(row.prompt) - 1
                 predicted = log_p[index, first : first + len(row.target)]
-                losses.append(-predicted.gather(1, torch.tensor(row.target)[:, None]).mean())
+                losses.append(-predicted.gather(1, answers[index]).mean())
             kl_log_p = log_p[-1, tokens.kl.lookup]
             clean = kl_log_p.detach() if clean is None else clean
             kl = (clean.exp() * (clean - kl_log_p)).sum()
@@ -118,7 +121,7 @@ def _inputs(model: Any, down: nn.Module, batch: Sequence[TokenisedRequest], pad_
     for tokens in batch:
         kept: list[Tensor] = []
         handle = down.register_forward_pre_hook(lambda _, args, kept=kept: kept.append(args[0]))
-        model(**_padded([row.prompt for row in tokens.rows], pad_id), use_cache=False)
+        model(**_padded([row.prompt for row in tokens.rows], pad_id, model.device), use_cache=False)
         handle.remove()
         found = torch.stack([kept[0][index, row.lookup] for index, row in enumerate(tokens.rows)])
         columns.append(0.5 * found[-1] + 0.5 * found[:-1].mean(0))
@@ -132,7 +135,7 @@ def _bare_outputs(model: Any, block: nn.Module, batch: Sequence[TokenisedRequest
     for tokens in batch:
         kept: list[Any] = []
         handle = block.register_forward_hook(lambda _, __, output, kept=kept: kept.append(output))
-        model(**_padded([tokens.bare.prompt], pad_id), use_cache=False)
+        model(**_padded([tokens.bare.prompt], pad_id, model.device), use_cache=False)
         handle.remove()
         hidden = kept[0][0] if isinstance(kept[0], tuple) else kept[0]
         columns.append(hidden[0, tokens.bare.lookup])

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
+from coachhook_fast.bench import gpu_targets
 from coachhook_fast.bench.rows import Row, baseline, once, row
-from coachhook_fast.bench.workload import corpus, gemm_rate, requests
+from coachhook_fast.bench.workload import corpus, gemm_rate, needed_flops, requests
 from coachhook_fast.config import PAPER, EditConfig
 from coachhook_fast.editor import Editor
 from coachhook_fast.forward import frozen
@@ -21,8 +22,12 @@ from coachhook_fast.request import TokenisedRequest, tokenise_batch
 from coachhook_fast.targets import Target, optimise
 
 
-def run(model: str = "smollm2", count: int = 20, sample: int = 4) -> list[Row]:
-    """Rows "target values" and "whole batch" of `count` edits; the baseline does `sample` of them."""
+def run(model: str | None = None, count: int = 20, sample: int = 4) -> list[Row]:
+    """Rows "target values" and "whole batch" of `count` edits; the baseline does `sample` of them. Where there is a
+    GPU and no model is named, rows of random models on it instead (gpu_targets.py), which need no files."""
+    if model is None and torch.cuda.is_available():
+        return gpu_targets.run()
+    model = model or "smollm2"
     loaded, tokenizer = load_model(model, dtype=torch.float32)
     editor = Editor(loaded, tokenizer, EditConfig(**PAPER))  # six rows a request and 25 steps, as published
     editor.collect_statistics(corpus(), progress=False)
@@ -34,7 +39,7 @@ def run(model: str = "smollm2", count: int = 20, sample: int = 4) -> list[Row]:
 
 def _values(editor: Editor, batch: list[TokenisedRequest], sample: int, shape: str) -> Row:
     partial, config, last = editor.partial, editor.config, editor.layers[-1]
-    plain, before = baseline("one_at_a_time"), gemm_rate()
+    plain, before = baseline("one_at_a_time"), gemm_rate(device=partial.device)
     with frozen(editor.model):
         v0 = bare_outputs(partial, last, batch, pad_id=0, max_tokens=config.pass_tokens)
         found: list[Target] = []
@@ -63,24 +68,15 @@ def _values(editor: Editor, batch: list[TokenisedRequest], sample: int, shape: s
 
 
 def _floor(editor: Editor, batch: list[TokenisedRequest], found: list[Target], before: float) -> float:
-    """Seconds of what a step cannot avoid, over all steps: upper blocks forward and backward for the tokens from the
-    lookup position on, the head at predicted positions; and the lower blocks once. At the better of two product rates,
-    one taken `before` the work (flops/s) and one now, since a noisy machine may slow down in either moment."""
-    partial, last = editor.partial, editor.layers[-1]
-    size = [sum(p.numel() for p in block.parameters() if p.dim() == 2) for block in partial.blocks]
-    head: Any = editor.model.get_output_embeddings()  # type: ignore[operator]
-    total = 0.0
-    for tokens, target in zip(batch, found, strict=True):
-        upper = sum(len(r.prompt) + len(r.target) - 1 - r.lookup for r in tokens.rows) + 1
-        predicted = sum(len(r.target) for r in tokens.rows) + 1
-        total += (target.steps + 1) * 4.0 * (upper * sum(size[last + 1 :]) + predicted * head.weight.numel())
-        total += 2.0 * sum(len(r.prompt) + len(r.target) for r in tokens.rows) * sum(size)
-    return total / max(before, gemm_rate())
+    """Seconds of what no step can avoid, at the better of two product rates, one taken `before` the work (flops/s) and
+    one now, since a noisy machine may slow down in either moment."""
+    partial = editor.partial
+    return needed_flops(partial, editor.layers[-1], batch, found) / max(before, gemm_rate(device=partial.device))
 
 
 def _batches(editor: Editor, batch: list[TokenisedRequest], sample: int, shape: str) -> Row:
     partial, layers = editor.partial, editor.layers
-    plain, before = baseline("one_at_a_time"), gemm_rate()
+    plain, before = baseline("one_at_a_time"), gemm_rate(device=partial.device)
     downs = [hook.base_layer for hook in editor.hooks]
     matrices = [memory.matrix() for memory in editor.memories]
     expected: list[torch.Tensor] = []

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
-import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from coachhook_fast.bench.rows import once
+from coachhook_fast.forward import PartialModel
 from coachhook_fast.products import linear
-from coachhook_fast.request import EditRequest
+from coachhook_fast.request import EditRequest, TokenisedRequest
+from coachhook_fast.targets import Target
 
 _ROOT = Path(__file__).resolve().parents[2]
 
@@ -36,16 +39,32 @@ def corpus() -> Any:
     return folder / "wikitext2-test.raw" if folder else None
 
 
-def gemm_rate(rows: int = 1024, inner: int = 576, columns: int = 1536) -> float:
-    """Measured flops a second of an fp32 product of a block's shape, by what the editor's passes use: the rate of the
-    floor.
+def gemm_rate(
+    rows: int = 1024,
+    inner: int = 576,
+    columns: int = 1536,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> float:
+    """Measured flops a second of a product of a block's shape, by what the editor's passes use: the rate of the floor.
 
     Machines are noisy: of several moments, the one with the highest rate says what the machine can do.
     """
-    a, b = torch.randn(rows, inner), torch.randn(columns, inner)
-    taken = []
-    for _ in range(12):
-        begin = time.perf_counter()
-        linear(a, b)
-        taken.append(time.perf_counter() - begin)
+    a, b = (torch.randn(size, inner, device=device, dtype=dtype) for size in (rows, columns))
+    taken = [once(lambda: linear(a, b)) for _ in range(12)]
     return 2.0 * rows * inner * columns / sorted(taken)[3]
+
+
+def needed_flops(partial: PartialModel, last: int, batch: Sequence[TokenisedRequest], found: Sequence[Target]) -> float:
+    """What the target values `found` cannot avoid, over all steps: upper blocks forward and backward for the tokens
+    from the lookup position on, the head at predicted positions; and the lower blocks once."""
+    size = [sum(p.numel() for p in block.parameters() if p.dim() == 2) for block in partial.blocks]
+    head: Any = partial.model.get_output_embeddings()  # type: ignore[operator]
+    total = 0.0
+    for tokens, target in zip(batch, found, strict=True):
+        upper = sum(len(r.prompt) + len(r.target) - 1 - r.lookup for r in tokens.rows) + 1
+        predicted = sum(len(r.target) for r in tokens.rows) + 1
+        total += (target.steps + 1) * 4.0 * (upper * sum(size[last + 1 :]) + predicted * head.weight.numel())
+        total += 2.0 * sum(len(r.prompt) + len(r.target) for r in tokens.rows) * sum(size)
+    return total
