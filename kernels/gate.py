@@ -72,7 +72,7 @@ def decide_kernel(
     if LISTED:
         entries = tl.load(counts)
         pieces = slices_of(entries, capacity, split, LISTED_BLOCK)
-    step = entries.to(tl.int64) * c_row
+    step = (tl.zeros((), dtype=tl.int64) + entries) * c_row  # an argument that is 1 has no `.to`
     if tl.program_id(0) * BLOCK_T >= entries:
         return
     entry = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -116,7 +116,10 @@ def decide_kernel(
             chosen = keep.to(tl.int32)
             number = tl.sum(chosen, axis=0)
             if number > 0:
-                position = tl.atomic_add(counts + LISTED, number, sem="relaxed") + tl.cumsum(chosen, axis=0) - 1
+                end = counts
+                if LISTED:
+                    end += 1
+                position = tl.atomic_add(end, number, sem="relaxed") + tl.cumsum(chosen, axis=0) - 1
                 tl.store(listed + position, token, mask=keep)
                 if LISTED:
                     tl.store(places + position, entry, mask=keep)

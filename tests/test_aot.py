@@ -72,7 +72,8 @@ def cases() -> list[dict[str, Any]]:
         (4096, {"LISTED": True, "ADD": True}),
         (4096, {"ADD": True, "HAS_MASK": True}),
     ):
-        add("gate.decide_kernel", "bf16", "", **{**off, **flags}, **gate.decide_blocks(c_row))
+        ones = "tokens split" if flags.get("STORE_NORM") else "split" if flags.get("HAS_MASK") else ""
+        add("gate.decide_kernel", "bf16", ones, **{**off, **flags}, **gate.decide_blocks(c_row))
     two_stage = {"FACTORED": True, "TWO_STAGE": True, "SEQUENCE": False, "HAS_MASK": False, "HAS_STATE": False}
     sequence = {"FACTORED": True, "TWO_STAGE": False, "SEQUENCE": True, "HAS_MASK": True, "HAS_STATE": True}
     dense = {"FACTORED": False, "TWO_STAGE": False, "SEQUENCE": False, "HAS_MASK": False, "HAS_STATE": False}
