@@ -1,17 +1,17 @@
-"""Base projection and the delta's squared norms in one pass over the activations.
+"""The delta's product, in slices of d, and with it the base projection where one launch does both.
 
-    out = x W^T + b          [tokens, m]
-    c   = x P^T              [tokens, r]   fp32, P is B, a sketch of it, or dense Delta
-    sums[j, t] = sum of c[t, n]^2 over the columns n of tile j
+    c[i]  = x[:, slice i] P[:, slice i]^T     [tokens, r]   fp32, P is B, a sketch of it, or dense Delta
+    l[i]  = sum of x[:, slice i]^2            [tokens]      fp32, for `relative`
+    out   = x W^T + b                         [tokens, m]
 
-W and P are two parts of one list of column tiles, so a tile of either reads the same activations. Every tile writes
-its own partial sum and nothing is added atomically: the same input gives the same bits.
-
-With `rows`, only the listed tokens are projected (as many as `count` says; the grid is sized for all of them, so the
-host need not know).
+A rank of 100 is one column tile: without slices there would be a program for every 128 tokens, and most of the
+machine idle. Whoever reads the slices (gate.py) adds them in their order; nothing is added atomically: the same
+input gives the same bits.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -54,16 +54,27 @@ def tile_product(
 
 
 @triton.jit
+def tile_length(x, rows, row_ok, x_row, begin, end, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
+    """``[BLOCK_T]`` of ``||x[rows, begin:end]||^2``."""
+    x_rows = x + rows.to(tl.int64)[:, None] * x_row
+    square = tl.zeros((BLOCK_T, BLOCK_D), dtype=tl.float32)
+    for start in tl.range(begin, end, BLOCK_D, num_stages=3):
+        at = start + tl.arange(0, BLOCK_D)
+        a = tl.load(x_rows + at[None, :], mask=row_ok[:, None] & (at < end)[None, :], other=0.0).to(tl.float32)
+        square += a * a
+    return tl.sum(square, axis=1)
+
+
+@triton.jit
 def project_kernel(
-    x,
-    w,
-    bias,
-    p,
-    out,
-    c,
-    sums,
-    rows,  # [tokens] int32, with LISTED
-    count,  # [] int32, with LISTED
+    x,  # [tokens, d]
+    w,  # [m, d]
+    bias,  # [m]
+    p,  # [r, d]
+    out,  # [tokens, m]
+    c,  # [SPLIT, tokens, c_row]
+    lengths,  # [SPLIT, tokens], with HAS_LENGTH
+    counts,  # [2] int32: set to zero for the lists that come after
     tokens,
     m,  # 0: no base part
     r,
@@ -73,63 +84,102 @@ def project_kernel(
     w_col,
     p_row,
     p_col,
+    c_row,
     HAS_BIAS: tl.constexpr,
-    STORE_C: tl.constexpr,
-    LISTED: tl.constexpr,
+    HAS_LENGTH: tl.constexpr,
+    SPLIT: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     GROUP: tl.constexpr,  # token blocks that share a weight tile while it is in L2
 ):
     pid = tl.program_id(0)
+    if pid == 0:
+        tl.store(counts, 0)
+        tl.store(counts + 1, 0)
     token_blocks = tl.cdiv(tokens, BLOCK_T)
-    delta_tiles = tl.cdiv(r, BLOCK_N)
-    tiles = delta_tiles + tl.cdiv(m, BLOCK_N)
-    first = pid // (GROUP * tiles) * GROUP
+    delta_units = tl.cdiv(r, BLOCK_N) * SPLIT
+    units = delta_units + tl.cdiv(m, BLOCK_N)
+    if HAS_LENGTH:
+        units += SPLIT
+    first = pid // (GROUP * units) * GROUP
     group = min(token_blocks - first, GROUP)
-    block = first + pid % (GROUP * tiles) % group
-    tile = pid % (GROUP * tiles) // group
+    block = first + pid % (GROUP * units) % group
+    unit = pid % (GROUP * units) // group
+    token = block * BLOCK_T + tl.arange(0, BLOCK_T)
+    row_ok = token < tokens
+    size = tl.cdiv(tl.cdiv(d, BLOCK_D), SPLIT) * BLOCK_D
+    begin = unit % SPLIT * size
+    end = min(begin + size, d)
+    place = (unit % SPLIT * tokens + token).to(tl.int64)
 
-    limit = tokens
-    if LISTED:
-        limit = tl.load(count)
-    if block * BLOCK_T >= limit:
-        return
-    place = block * BLOCK_T + tl.arange(0, BLOCK_T)
-    row_ok = place < limit
-    token = place
-    if LISTED:
-        token = tl.load(rows + place, mask=row_ok, other=0)
-
-    if tile < delta_tiles:
-        cols = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    if HAS_LENGTH:
+        # Programs of their own, at the same time as the product's: they find x in L2. (Squares of the product's own
+        # tile would be cheaper, but Triton 3.6 then overwrites it in shared memory while wgmma still reads it.)
+        if unit < SPLIT:
+            square = tile_length(x, token, row_ok, x_row, begin, end, BLOCK_T, BLOCK_D)
+            tl.store(lengths + place, square, mask=row_ok)
+            return
+        unit -= SPLIT
+    if unit < delta_units:
+        cols = unit // SPLIT * BLOCK_N + tl.arange(0, BLOCK_N)
         acc = tile_product(
-            x, token, row_ok, x_row, p, cols, cols < r, p_row, p_col, 0, d, BLOCK_T, BLOCK_N, BLOCK_D, False
+            x, token, row_ok, x_row, p, cols, cols < r, p_row, p_col, begin, end, BLOCK_T, BLOCK_N, BLOCK_D, False
         )
-        tl.store(sums + tile.to(tl.int64) * tokens + place, tl.sum(acc * acc, axis=1), mask=row_ok)
-        if STORE_C:
-            c_at = c + place.to(tl.int64)[:, None] * r + cols[None, :]
-            tl.store(c_at, acc, mask=row_ok[:, None] & (cols < r)[None, :])
+        tl.store(c + place[:, None] * c_row + cols[None, :], acc, mask=row_ok[:, None] & (cols < c_row)[None, :])
     else:
-        cols = (tile - delta_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
+        cols = (unit - delta_units) * BLOCK_N + tl.arange(0, BLOCK_N)
         acc = tile_product(
             x, token, row_ok, x_row, w, cols, cols < m, w_row, w_col, 0, d, BLOCK_T, BLOCK_N, BLOCK_D, False
         )
         if HAS_BIAS:
             acc += tl.load(bias + cols, mask=cols < m, other=0.0).to(tl.float32)[None, :]
-        out_at = out + place.to(tl.int64)[:, None] * m + cols[None, :]
+        out_at = out + token.to(tl.int64)[:, None] * m + cols[None, :]
         tl.store(out_at, acc.to(out.dtype.element_ty), mask=row_ok[:, None] & (cols < m)[None, :])
 
 
-def blocks(dtype: torch.dtype, tokens: int) -> dict[str, int]:
+def blocks(dtype: torch.dtype, tokens: int, r: int, *, base: bool = False) -> dict[str, int]:
     """Tile sizes, none of which spills on sm_80 (fp32 `ieee` products run on the CUDA cores)."""
     if dtype == torch.float32:
         size = 16 if tokens <= 16 else 32
-        return {"BLOCK_T": size, "BLOCK_N": 64, "BLOCK_D": 32, "num_warps": 4, "num_stages": 3}
-    if tokens <= 64:
-        size = 16 if tokens <= 16 else 32 if tokens <= 32 else 64
-        return {"BLOCK_T": size, "BLOCK_N": 64, "BLOCK_D": 128, "num_warps": 4, "num_stages": 3}
-    return {"BLOCK_T": 128, "BLOCK_N": 64, "BLOCK_D": 64, "num_warps": 8, "num_stages": 3}
+        return {"BLOCK_T": size, "BLOCK_N": 64, "BLOCK_D": 16, "num_warps": 4, "num_stages": 3}
+    if base:
+        return {"BLOCK_T": min(128, width(tokens)), "BLOCK_N": 64, "BLOCK_D": 64, "num_warps": 8, "num_stages": 3}
+    size, columns = min(128 if tokens > 1024 else 64, width(tokens)), min(128, width(r))
+    warps = 8 if size * columns > 64 * 128 else 4
+    return {"BLOCK_T": size, "BLOCK_N": columns, "BLOCK_D": 64, "num_warps": warps, "num_stages": 3}
+
+
+def width(n: int) -> int:
+    """A power of two that holds `n`, at least 16: the smallest side of a tensor core's tile."""
+    return max(16, triton.next_power_of_2(n))
+
+
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; 1 elsewhere (the interpreter)."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def capability(device: torch.device) -> int:
+    """90 for sm_90; 0 where there is no GPU."""
+    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    return 10 * major + minor
+
+
+def slices(tiles: int, d: int, block_d: int, programs: int) -> int:
+    """Up to `programs` programs, at most 16 slices, none under four blocks of d."""
+    return max(1, min(16, programs // tiles, d // (4 * block_d)))
+
+
+class Parts(NamedTuple):
+    """``P k`` in slices, to be added in their order."""
+
+    values: Tensor  # [rows, width >= r] fp32: slice by slice; as many rows a slice as there are tokens
+    split: int  # slices; with `rows`, the most there are (listed.slices_of)
+    counts: Tensor  # [2] int32, zero: how many tokens the first and the second list hold
+    lengths: Tensor | None = None  # [split, tokens]: ||k||^2 in slices
+    rows: Tensor | None = None  # [tokens] int32: only these tokens, as many as counts[0] says
+    block: int = 1  # listed tokens that are measured together
 
 
 def project(
@@ -138,33 +188,34 @@ def project(
     weight: Tensor | None = None,  # [m, d]: compute the base projection in the same launch
     bias: Tensor | None = None,  # [m]
     *,
-    rows: Tensor | None = None,  # [tokens] int32: only these tokens ...
-    count: Tensor | None = None,  # [] int32: ... and of them so many
-    store_c: bool = False,
-) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """``(out [tokens, m] or None, c [tokens, r] fp32 or None, sums [tiles, tokens] fp32)``.
-
-    With `rows`, entry i of ``c`` and ``sums`` belongs to token ``rows[i]``; entries from `count` on are not written.
-    """
+    want_length: bool = False,
+) -> tuple[Tensor | None, Parts]:
+    """``out [tokens, m]`` or None, and the delta's product."""
     tokens, d = x.shape
     r, m = p.shape[0], 0 if weight is None else weight.shape[0]
-    config = blocks(x.dtype, tokens)
-    tiles = triton.cdiv(r, config["BLOCK_N"])
-    sums = torch.empty(tiles, tokens, dtype=torch.float32, device=x.device)
-    c = torch.empty(tokens, r, dtype=torch.float32, device=x.device) if store_c else None
+    config = blocks(x.dtype, tokens, r, base=weight is not None)
+    token_blocks, tiles = triton.cdiv(tokens, config["BLOCK_T"]), triton.cdiv(r, config["BLOCK_N"])
+    split = 1
+    if weight is None:  # narrow tiles fit twice on a multiprocessor
+        programs = processors(x.device) * (2 if config["BLOCK_N"] <= 64 else 1)
+        split = slices(token_blocks * tiles, d, config["BLOCK_D"], programs)
+        split = 1 << (split.bit_length() - 1)  # few values: each is a kernel to compile
+    c_row = triton.cdiv(r, 16) * 16
+    values = torch.empty(split * tokens, c_row, dtype=torch.float32, device=x.device)
+    counts = torch.empty(2, dtype=torch.int32, device=x.device)
+    lengths = torch.empty(split, tokens, dtype=torch.float32, device=x.device) if want_length else None
     out = None if weight is None else torch.empty(tokens, m, dtype=x.dtype, device=x.device)
     w = p if weight is None else weight
-    grid = (triton.cdiv(tokens, config["BLOCK_T"]) * (tiles + triton.cdiv(m, config["BLOCK_N"])),)
-    project_kernel[grid](
+    units = (tiles + want_length) * split + triton.cdiv(m, config["BLOCK_N"])
+    project_kernel[(token_blocks * units,)](
         x,
         w,
         x if bias is None else bias,
         p,
         x if out is None else out,
-        sums if c is None else c,
-        sums,
-        sums if rows is None else rows,
-        sums if count is None else count,
+        values,
+        values if lengths is None else lengths,
+        counts,
         tokens,
         m,
         r,
@@ -174,10 +225,11 @@ def project(
         w.stride(1),
         p.stride(0),
         p.stride(1),
+        c_row,
         HAS_BIAS=bias is not None,
-        STORE_C=store_c,
-        LISTED=rows is not None,
+        HAS_LENGTH=want_length,
+        SPLIT=split,
         GROUP=8,
         **config,
     )
-    return out, c, sums
+    return out, Parts(values, split, counts, lengths)

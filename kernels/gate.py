@@ -1,75 +1,142 @@
 """The decision and its consequence, without the host ever knowing how many tokens fire.
 
-    norm[t] = sqrt(sum_j sums[j, t])
-    calibrated:  fire = norm >= tau[t]   (a sketch's first stage: undecided = not norm < tau)
+    c = sum_i c[i],  norm = ||c||   (the slices of delta_norm.py or listed.py, in their order)
+    calibrated:  fire = norm >= tau         (a sketch's first stage: undecided = not norm < tau)
+    relative:    fire = norm >= tau ||k||
     sequence:    count, mean, M2 of the valid tokens of each sequence, merged with the state before (Chan et al.);
                  z = (norm - mean) / sqrt(M2 / (count - 1)),  fire = z >= alpha,  count >= 2
-    listed = the tokens that fire, in order, and how many
-    out[listed] += src[listed] A^T
+    listed = the tokens that fire (or that a sketch leaves undecided), and how many
+    out[listed] += c[listed] A^T            (dense Delta: c is the correction)
 
-Fixed orders everywhere and no atomics: the same input gives the same bits.
+Every sum has a fixed order: the same input gives the same bits.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .delta_norm import tile_product
+from .delta_norm import Parts, processors, tile_product, width
+from .listed import slices_of
+
+TOGETHER = tl.constexpr(8)
 
 
 @triton.jit
-def threshold_kernel(
-    sums,  # [tiles, tokens]
-    tau,  # [], or [tokens] with PER_TOKEN
-    mask,  # [tokens] bool, with HAS_MASK
-    norm,  # [tokens], with STORE_NORM
-    fire,  # [tokens] bool, one an entry
-    rows,  # [tokens] int32, with LISTED: token of each entry
-    token_fire,  # [tokens] bool, with LISTED: one a token
-    count,  # [] int32, with LISTED: entries from here on are not there
+def add_slices(values, at, inside, step, pieces, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The sum of the slices in their order, `TOGETHER` loads under way at once."""
+    total = tl.zeros((BLOCK_T, BLOCK_N), dtype=tl.float32)
+    for first in range(0, pieces, TOGETHER):
+        for piece in tl.static_range(TOGETHER):
+            here = values + (first + piece) * step + at
+            total += tl.load(here, mask=inside & (first + piece < pieces), other=0.0)
+    return total
+
+
+@triton.jit
+def decide_kernel(
+    values,  # [slices, entries, c_row]; the first becomes c where KEEP
+    lengths,  # [LENGTHS, tokens]; the first becomes their sum
+    tau,  # []
+    mask,  # [tokens] bool
+    rows,  # [tokens] int32: token of each entry
+    counts,  # [2] int32: tokens in the first list, and in the second
+    norm,  # [tokens]
+    fire,  # [tokens] bool
+    places,  # [tokens] int32: entries of the list that is made
+    listed,  # [tokens] int32: their tokens
+    out,  # [tokens, m]
     tokens,
-    tiles,
-    FIRST_STAGE: tl.constexpr,
+    m,
+    c_row,
+    split,  # slices; with LISTED, the most there are
+    capacity,  # rows of values
     DECIDE: tl.constexpr,
+    FIRST_STAGE: tl.constexpr,  # list what a sketch leaves undecided; nothing fires yet
     STORE_NORM: tl.constexpr,
+    KEEP: tl.constexpr,  # c of the tokens that fire (without DECIDE: of all)
+    ADD: tl.constexpr,  # c is the correction: add it instead of listing who fires
     HAS_MASK: tl.constexpr,
-    LISTED: tl.constexpr,
-    PER_TOKEN: tl.constexpr,
-    BLOCK: tl.constexpr,
+    LISTED: tl.constexpr,  # entries are the tokens of the first list
+    LENGTHS: tl.constexpr,  # slices of ||k||^2; 0: tau is for every length
+    LISTED_BLOCK: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    ok = at < tokens
-    here = ok
+    entries = tokens
+    pieces = split
     if LISTED:
-        here = ok & (at < tl.load(count))
-    total = tl.zeros((BLOCK,), dtype=tl.float32)
-    part = sums + at
-    for _ in range(tiles):
-        total += tl.load(part, mask=here, other=0.0)
-        part += tokens
-    value = tl.sqrt(total)
+        entries = tl.load(counts)
+        pieces = slices_of(entries, capacity, split, LISTED_BLOCK)
+    step = (tl.zeros((), dtype=tl.int64) + entries) * c_row  # an argument that is 1 has no `.to`
+    if tl.program_id(0) * BLOCK_T >= entries:
+        return
+    entry = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    here = entry < entries
+    token = entry
+    if LISTED:
+        token = tl.load(rows + entry, mask=here, other=0)
+    row = entry.to(tl.int64)[:, None] * c_row
+    keep = here
+    if DECIDE or STORE_NORM:
+        square = tl.zeros((BLOCK_T, BLOCK_N), dtype=tl.float32)
+        for start in range(0, c_row, BLOCK_N):
+            cols = start + tl.arange(0, BLOCK_N)
+            inside = here[:, None] & (cols < c_row)[None, :]
+            total = add_slices(values, row + cols[None, :], inside, step, pieces, BLOCK_T, BLOCK_N)
+            square += total * total
+        value = tl.sqrt(tl.sum(square, axis=1))
     if STORE_NORM:
-        tl.store(norm + at, value, mask=ok)
+        tl.store(norm + entry, value, mask=here)
     if DECIDE:
-        token = at
-        if LISTED:
-            token = tl.load(rows + at, mask=here, other=0)
-        if PER_TOKEN:
-            limit = tl.load(tau + token, mask=here, other=float("inf"))
-        else:
-            limit = tl.load(tau)
+        limit = tl.load(tau).to(tl.float32)
+        if LENGTHS > 0:
+            part = token[:, None] + tl.arange(0, LENGTHS)[None, :] * tokens
+            length = tl.sum(tl.load(lengths + part, mask=here[:, None], other=0.0), axis=1)
+            if FIRST_STAGE:
+                tl.debug_barrier()
+                tl.store(lengths + token, length, mask=here)
+            limit = tl.maximum(limit * tl.sqrt(length), 1.1754943508222875e-38)  # a key of zeros does not fire
         if FIRST_STAGE:
-            decision = here & ((value >= limit) | (value != value))  # a NaN goes on to the exact norm
+            keep = here & ((value >= limit) | (value != value))  # a NaN goes on to the exact norm
         else:
-            decision = here & (value >= limit)
+            keep = here & (value >= limit)
         if HAS_MASK:
-            decision = decision & (tl.load(mask + at, mask=ok, other=0) != 0)
-        tl.store(fire + at, decision.to(tl.int8), mask=ok)
-        if LISTED:
-            tl.store(token_fire + token, decision.to(tl.int8), mask=here)
+            keep = keep & (tl.load(mask + token, mask=here, other=0) != 0)
+        if FIRST_STAGE:
+            tl.store(fire + token, tl.zeros((BLOCK_T,), dtype=tl.int8), mask=here)
+        else:
+            tl.store(fire + token, keep.to(tl.int8), mask=here)
+        if not ADD:
+            # Lists are in the order in which programs come: who is listed where changes no token's bits.
+            chosen = keep.to(tl.int32)
+            number = tl.sum(chosen, axis=0)
+            if number > 0:
+                end = counts
+                if LISTED:
+                    end += 1
+                position = tl.atomic_add(end, number, sem="relaxed") + tl.cumsum(chosen, axis=0) - 1
+                tl.store(listed + position, token, mask=keep)
+                if LISTED:
+                    tl.store(places + position, entry, mask=keep)
+    if KEEP or ADD:
+        tl.debug_barrier()  # the first slice is overwritten: everyone has read it
+        if tl.max(keep.to(tl.int32), axis=0) > 0:
+            for start in range(0, c_row, BLOCK_N):
+                cols = start + tl.arange(0, BLOCK_N)
+                inside = keep[:, None] & (cols < c_row)[None, :]
+                total = add_slices(values, row + cols[None, :], inside, step, pieces, BLOCK_T, BLOCK_N)
+                if ADD:
+                    out_at = out + token.to(tl.int64)[:, None] * m + cols[None, :]
+                    inside = keep[:, None] & (cols < m)[None, :]
+                    total += tl.load(out_at, mask=inside, other=0.0).to(tl.float32)
+                    tl.store(out_at, total.to(out.dtype.element_ty), mask=inside)
+                else:
+                    tl.store(values + row + cols[None, :], total, mask=inside)
 
 
 @triton.jit
@@ -138,12 +205,9 @@ def sequence_kernel(
 @triton.jit
 def list_kernel(
     fire,  # [tokens] bool
-    tokens_of,  # [tokens] int32, with MAPPED: token of each entry
-    places,  # [tokens] int32 out: entries that fire
-    listed,  # [tokens] int32 out, with MAPPED: their tokens
-    count,  # [] int32 out
+    listed,  # [tokens] int32 out: tokens that fire
+    counts,  # [2] int32 out: how many, and zero
     tokens,
-    MAPPED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     block = tl.program_id(0)
@@ -153,12 +217,10 @@ def list_kernel(
         before += tl.sum((earlier != 0).to(tl.int32), axis=0)
     at = block * BLOCK + tl.arange(0, BLOCK)
     here = (tl.load(fire + at, mask=at < tokens, other=0) != 0).to(tl.int32)
-    position = before + tl.cumsum(here, axis=0) - here
-    tl.store(places + position, at, mask=here != 0)
-    if MAPPED:
-        tl.store(listed + position, tl.load(tokens_of + at, mask=here != 0, other=0), mask=here != 0)
+    tl.store(listed + before + tl.cumsum(here, axis=0) - here, at, mask=here != 0)
     if block == tl.num_programs(0) - 1:
-        tl.store(count, before + tl.sum(here, axis=0))
+        tl.store(counts, before + tl.sum(here, axis=0))
+        tl.store(counts + 1, 0)
 
 
 @triton.jit
@@ -166,7 +228,7 @@ def correct_kernel(
     out,  # [tokens, m]
     src,  # [*, n]: c, or the activations where Delta is dense
     a,  # [m, n]: U, or Delta
-    places,  # [tokens] int32: rows of src
+    places,  # [tokens] int32: rows of src, with MAPPED; else entry i is row i
     listed,  # [tokens] int32: rows of out
     count,  # [] int32
     m,
@@ -174,64 +236,95 @@ def correct_kernel(
     src_row,
     a_row,
     a_col,
+    MAPPED: tl.constexpr,
     CAST_X: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     limit = tl.load(count)
-    entry = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    if tl.program_id(0) * BLOCK_T >= limit:
-        return
-    row_ok = entry < limit
-    row = tl.load(places + entry, mask=row_ok, other=0)
-    token = tl.load(listed + entry, mask=row_ok, other=0)
     cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     col_ok = cols < m
-    acc = tile_product(
-        src, row, row_ok, src_row, a, cols, col_ok, a_row, a_col, 0, n, BLOCK_T, BLOCK_N, BLOCK_D, CAST_X
-    )
-    at = out + token.to(tl.int64)[:, None] * m + cols[None, :]
-    ok = row_ok[:, None] & col_ok[None, :]
-    tl.store(at, (tl.load(at, mask=ok, other=0.0).to(tl.float32) + acc).to(out.dtype.element_ty), mask=ok)
+    for first in range(tl.program_id(0) * BLOCK_T, limit, tl.num_programs(0) * BLOCK_T):
+        entry = first + tl.arange(0, BLOCK_T)
+        row_ok = entry < limit
+        row = entry
+        if MAPPED:
+            row = tl.load(places + entry, mask=row_ok, other=0)
+        token = tl.load(listed + entry, mask=row_ok, other=0)
+        acc = tile_product(
+            src, row, row_ok, src_row, a, cols, col_ok, a_row, a_col, 0, n, BLOCK_T, BLOCK_N, BLOCK_D, CAST_X
+        )
+        at = out + token.to(tl.int64)[:, None] * m + cols[None, :]
+        ok = row_ok[:, None] & col_ok[None, :]
+        tl.store(at, (tl.load(at, mask=ok, other=0.0).to(tl.float32) + acc).to(out.dtype.element_ty), mask=ok)
 
 
-def threshold(
-    sums: Tensor,  # [tiles, tokens]
-    tau: Tensor | None,  # [] or [tokens]; None: the norms only
+class Fired(NamedTuple):
+    """A list of tokens, and of the rows of c that are theirs."""
+
+    places: Tensor  # [tokens] int32
+    listed: Tensor  # [tokens] int32
+    count: Tensor  # [] int32
+
+
+def decide_blocks(c_row: int) -> dict[str, int]:
+    """Tile sizes: a whole row where it is short, so that the slices' loads are all under way at once."""
+    columns = min(width(c_row), 1024)
+    return {"BLOCK_T": max(2, min(32, 2048 // columns)), "BLOCK_N": columns, "num_warps": 8 if columns > 128 else 4}
+
+
+def decide(
+    parts: Parts,
+    tokens: int,
+    tau: Tensor | None = None,  # []; None: no decision
     mask: Tensor | None = None,  # [tokens] bool
     *,
-    rows: Tensor | None = None,  # [tokens] int32: the token of each entry of `sums` ...
-    count: Tensor | None = None,  # [] int32: ... and how many entries exist
-    token_fire: Tensor | None = None,  # [tokens] bool, with `rows`: decisions by token, written where listed
+    fire: Tensor | None = None,  # [tokens] bool, written where measured
+    lengths: Tensor | None = None,  # [slices, tokens]: tau is of ||k||; sums are left in the first slice
+    norm: Tensor | None = None,  # [tokens], written
     first_stage: bool = False,
-    want_norm: bool = False,
-) -> tuple[Tensor | None, Tensor | None]:  # fire [tokens] bool by entry, norm [tokens]
-    """Norms from the tiles' partial sums, in the order of the tiles, and the `calibrated` decision."""
-    tiles, tokens = sums.shape
-    fire = None if tau is None else torch.empty(tokens, dtype=torch.bool, device=sums.device)
-    norm = torch.empty(tokens, dtype=torch.float32, device=sums.device) if want_norm else None
-    threshold_kernel[(triton.cdiv(tokens, 256),)](
-        sums,
-        sums if tau is None else tau,
-        sums if mask is None else mask.view(torch.int8),
-        sums if norm is None else norm,
-        sums if fire is None else fire.view(torch.int8),
-        sums if rows is None else rows,
-        sums if token_fire is None else token_fire.view(torch.int8),
-        sums if count is None else count,
+    keep: bool = False,
+    out: Tensor | None = None,  # [tokens, m], changed in place: c, which is Delta k, is added where it fires
+) -> Fired:  # who fires (with `first_stage`: who is undecided), but with `out`
+    """Norms, decision, and what follows from it, of every token or, after a sketch, of those listed in `parts`.
+
+    keep: c is left in the first rows of ``parts.values``.
+    """
+    values, listing = parts.values, parts.rows is not None
+    config = decide_blocks(values.shape[1])
+    makes_list = tau is not None and out is None
+    listed = torch.empty(tokens if makes_list else 0, dtype=torch.int32, device=values.device)
+    places = torch.empty_like(listed) if listing else listed
+    decide_kernel[(triton.cdiv(tokens, config["BLOCK_T"]),)](
+        values,
+        values if lengths is None else lengths,
+        values if tau is None else tau,
+        values if mask is None else mask.view(torch.int8),
+        values if parts.rows is None else parts.rows,
+        parts.counts,
+        values if norm is None else norm,
+        values if fire is None else fire.view(torch.int8),
+        places,
+        listed,
+        values if out is None else out,
         tokens,
-        tiles,
-        FIRST_STAGE=first_stage,
+        0 if out is None else out.shape[1],
+        values.shape[1],
+        parts.split,
+        values.shape[0],
         DECIDE=tau is not None,
-        STORE_NORM=want_norm,
+        FIRST_STAGE=first_stage,
+        STORE_NORM=norm is not None,
+        KEEP=keep and parts.split > 1,
+        ADD=out is not None,
         HAS_MASK=mask is not None,
-        LISTED=rows is not None,
-        PER_TOKEN=tau is not None and tau.dim() > 0,
-        BLOCK=256,
-        num_warps=4,
+        LISTED=listing,
+        LENGTHS=0 if lengths is None else lengths.shape[0],
+        LISTED_BLOCK=parts.block,
+        **config,
     )
-    return fire, norm
+    return Fired(places, listed, parts.counts[1 if listing else 0])
 
 
 def sequence(
@@ -267,47 +360,38 @@ def sequence(
     return fire, z, after
 
 
-def list_fired(
-    fire: Tensor,  # [tokens] bool
-    tokens_of: Tensor | None = None,  # [tokens] int32: token of each entry; None: entry i is token i
-) -> tuple[Tensor, Tensor, Tensor]:  # places [tokens], listed [tokens], count [], int32
-    """The entries that fire, in order, and their tokens. Entries from `count` on are not written."""
+def list_fired(fire: Tensor) -> tuple[Tensor, Tensor]:  # fire [tokens] bool -> listed [tokens], counts [2], int32
+    """The tokens that fire, in order; entries from ``counts[0]`` on are not written."""
     tokens = fire.shape[0]
-    places = torch.empty(tokens, dtype=torch.int32, device=fire.device)
-    listed = places if tokens_of is None else torch.empty_like(places)
-    count = torch.empty((), dtype=torch.int32, device=fire.device)
-    list_kernel[(triton.cdiv(tokens, 1024),)](
-        fire.view(torch.int8),
-        places if tokens_of is None else tokens_of,
-        places,
-        listed,
-        count,
-        tokens,
-        MAPPED=tokens_of is not None,
-        BLOCK=1024,
-        num_warps=4,
-    )
-    return places, listed, count
+    listed = torch.empty(tokens, dtype=torch.int32, device=fire.device)
+    counts = torch.empty(2, dtype=torch.int32, device=fire.device)
+    grid = (triton.cdiv(tokens, 1024),)
+    list_kernel[grid](fire.view(torch.int8), listed, counts, tokens, BLOCK=1024, num_warps=4)
+    return listed, counts
 
 
 def correct(
     out: Tensor,  # [tokens, m] contiguous, changed in place
-    src: Tensor,  # [*, n], columns contiguous
+    src: Tensor,  # [*, >= n], columns contiguous
     a: Tensor,  # [m, n]
-    places: Tensor,  # [tokens] int32
+    places: Tensor | None,  # [tokens] int32; None: entry i is row i of src
     listed: Tensor,  # [tokens] int32
     count: Tensor,  # [] int32
 ) -> None:
-    """``out[listed[i]] += a src[places[i]]`` for ``i < count``; the grid is sized for every token and leaves early."""
+    """``out[listed[i]] += a src[places[i]]`` for ``i < count``.
+
+    The grid is what fills the machine, not what every token firing would need: few do.
+    """
     tokens, m = out.shape
     fp32 = a.dtype == torch.float32
-    size = {"BLOCK_T": 16 if tokens <= 1024 else 32, "BLOCK_N": 64, "BLOCK_D": 32 if fp32 else 64}
-    grid = (triton.cdiv(tokens, size["BLOCK_T"]), triton.cdiv(m, size["BLOCK_N"]))
-    correct_kernel[grid](
+    size = {"BLOCK_T": 32 if tokens > 1024 else 16, "BLOCK_N": 64, "BLOCK_D": 32 if fp32 else 64}
+    tiles = triton.cdiv(m, size["BLOCK_N"])
+    blocks = min(triton.cdiv(tokens, size["BLOCK_T"]), triton.cdiv(4 * processors(out.device), tiles))
+    correct_kernel[(blocks, tiles)](
         out,
         src,
         a,
-        places,
+        listed if places is None else places,
         listed,
         count,
         m,
@@ -315,6 +399,7 @@ def correct(
         src.stride(0),
         a.stride(0),
         a.stride(1),
+        MAPPED=places is not None,
         CAST_X=src.dtype != a.dtype,
         num_warps=4,
         num_stages=3,

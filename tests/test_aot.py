@@ -29,7 +29,7 @@ def cases() -> list[dict[str, Any]]:
     """
     import torch
 
-    from coachhook_fast.kernels import decode, delta_norm
+    from coachhook_fast.kernels import decode, delta_norm, gate, listed
 
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     entries: list[dict[str, Any]] = []
@@ -37,17 +37,43 @@ def cases() -> list[dict[str, Any]]:
     def add(kernel: str, dtype: str, ones: str, **constants: Any) -> None:
         entries.append({"kernel": kernel, "dtype": dtype, "ones": ones.split(), "constants": constants})
 
-    for dtype, tokens, base in (
-        *(("bf16", tokens, base) for tokens in (16, 64, 2048) for base in (True, False)),
-        ("fp16", 2048, True),
-        ("fp32", 2048, True),
+    for dtype, tokens, r, base, length in (
+        *(("bf16", tokens, r, False, False) for tokens in (64, 512, 2048) for r in (10, 100, 1000)),
+        *(("bf16", tokens, 100, False, True) for tokens in (512, 2048)),
+        ("bf16", 128, 100, True, True),
+        ("fp16", 2048, 100, False, False),
+        *(("fp32", tokens, 100, base, True) for tokens, base in ((16, True), (2048, False))),
     ):
-        config = delta_norm.blocks(dtypes[dtype], tokens)
-        flags = {"HAS_BIAS": base, "STORE_C": True, "LISTED": not base, "GROUP": 8}
+        config = delta_norm.blocks(dtypes[dtype], tokens, r, base=base)
+        flags = {"HAS_BIAS": base, "HAS_LENGTH": length, "SPLIT": 1 if base else 8, "GROUP": 8}
         add("delta_norm.project_kernel", dtype, "w_col p_col", **flags, **config)
-    for dtype, block in (("bf16", 16), ("bf16", 32), ("fp32", 32)):
+    for dtype, split in (("bf16", 4), ("bf16", 16), ("fp16", 4), ("fp32", 4)):
+        for older in (True, False):
+            config = listed.blocks(dtypes[dtype], 80 if older else 90)
+            capabilities = [cc for cc in CAPABILITIES if older == (cc < 90)]
+            add("listed.listed_kernel", dtype, "p_col", SPLIT=split, **config)
+            entries[-1]["capabilities"] = capabilities
+    for dtype, block, mapped in (("bf16", 16, True), ("bf16", 32, False), ("fp32", 32, True)):
         config = {"BLOCK_T": block, "BLOCK_N": 64, "BLOCK_D": 32 if dtype == "fp32" else 64}
-        add("gate.correct_kernel", dtype, "a_col", CAST_X=dtype != "fp32", num_warps=4, num_stages=3, **config)
+        cast = dtype != "fp32"
+        add("gate.correct_kernel", dtype, "a_col", MAPPED=mapped, CAST_X=cast, num_warps=4, num_stages=3, **config)
+    off = dict.fromkeys(("FIRST_STAGE", "STORE_NORM", "KEEP", "ADD", "HAS_MASK", "LISTED"), False)
+    off = {**off, "DECIDE": True, "LENGTHS": 0, "LISTED_BLOCK": 256}
+    for c_row, flags in (
+        (16, {"KEEP": True}),
+        (112, {"KEEP": True}),
+        (112, {"KEEP": True, "HAS_MASK": True, "LENGTHS": 16}),
+        (112, {"DECIDE": False, "STORE_NORM": True}),
+        (128, {"FIRST_STAGE": True}),
+        (128, {"FIRST_STAGE": True, "HAS_MASK": True, "LENGTHS": 16}),
+        (1008, {"LISTED": True, "KEEP": True, "LENGTHS": 1}),
+        (1008, {"LISTED": True, "KEEP": True, "DECIDE": False}),
+        (1600, {"LISTED": True, "ADD": True}),
+        (4096, {"LISTED": True, "ADD": True}),
+        (4096, {"ADD": True, "HAS_MASK": True}),
+    ):
+        ones = "tokens split" if flags.get("STORE_NORM") else "split" if flags.get("HAS_MASK") else ""
+        add("gate.decide_kernel", "bf16", ones, **{**off, **flags}, **gate.decide_blocks(c_row))
     two_stage = {"FACTORED": True, "TWO_STAGE": True, "SEQUENCE": False, "HAS_MASK": False, "HAS_STATE": False}
     sequence = {"FACTORED": True, "TWO_STAGE": False, "SEQUENCE": True, "HAS_MASK": True, "HAS_STATE": True}
     dense = {"FACTORED": False, "TWO_STAGE": False, "SEQUENCE": False, "HAS_MASK": False, "HAS_STATE": False}
@@ -62,22 +88,32 @@ def cases() -> list[dict[str, Any]]:
         config = decode.blocks(dtypes[dtype], tokens, lean=flags["TWO_STAGE"] and flags.get("PER_TOKEN", False))
         flags = {"HAS_BIAS": True, "SPLIT": 4, "CAST_C": dtype != "fp32", "PER_TOKEN": False, **flags}
         add("decode.decode_kernel", dtype, "w_col u_col", **flags, **config)
-    flags = {"DECIDE": True, "STORE_NORM": True, "HAS_MASK": True, "LISTED": True}
-    for per_token in (False, True):
-        flags["PER_TOKEN"] = per_token
-        add("gate.threshold_kernel", "fp32", "", FIRST_STAGE=True, BLOCK=256, num_warps=4, **flags)
     for packed in (True, False):
         flags = {"HAS_MASK": True, "PACKED": packed, "HAS_STATE": True}
         add("gate.sequence_kernel", "fp32", "", BLOCK=1024, num_warps=4, **flags)
-    add("gate.list_kernel", "fp32", "", MAPPED=True, BLOCK=1024, num_warps=4)
+    add("gate.list_kernel", "fp32", "", BLOCK=1024, num_warps=4)
     return entries
 
 
 # Types of the pointers; every other argument is a constant or an int32.
 VALUES = ("x", "w", "bias", "p", "out", "u", "b", "sketch", "a")
-FLOATS = ("c", "sums", "partial", "threshold", "tau", "norm", "alpha", "before", "after", "z", "src")
-INTEGERS = ("rows", "count", "places", "listed", "tokens_of", "bounds", "counters")
-BYTES = ("mask", "fire", "token_fire")
+FLOATS = (
+    "c",
+    "sums",
+    "partial",
+    "threshold",
+    "tau",
+    "norm",
+    "alpha",
+    "before",
+    "after",
+    "z",
+    "src",
+    "values",
+    "lengths",
+)
+INTEGERS = ("rows", "count", "counts", "places", "listed", "bounds", "counters")
+BYTES = ("mask", "fire")
 
 
 def compile_case(case: dict[str, Any], capability: int) -> dict[str, Any]:
@@ -110,7 +146,7 @@ def compile_case(case: dict[str, Any], capability: int) -> dict[str, Any]:
         else:
             kind = "i32"
         signature[argument] = kind
-        if kind[0] == "*" or argument in ("d", "m", "x_row", "w_row", "p_row", "u_row", "a_row", "src_row"):
+        if kind[0] == "*" or argument in ("d", "m", "x_row", "w_row", "p_row", "u_row", "a_row", "src_row", "c_row"):
             attributes[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
     options = {key: case["constants"][key] for key in ("num_warps", "num_stages") if key in case["constants"]}
@@ -160,6 +196,6 @@ def test_shared_memory_fits(reports: list[dict[str, Any]]) -> None:
 if __name__ == "__main__":
     results = []
     for item in cases():
-        for cc in CAPABILITIES:
+        for cc in item.get("capabilities", CAPABILITIES):
             results.append({**item, "capability": cc, **compile_case(item, cc)})
     print(json.dumps(results))

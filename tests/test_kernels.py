@@ -249,6 +249,52 @@ def test_the_table_covers_every_length() -> None:
     ]
 
 
+@pytest.fixture
+def many_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: products go in slices of d."""
+    from coachhook_fast.kernels import delta_norm, gate, listed
+
+    for module in (delta_norm, gate, listed):
+        monkeypatch.setattr(module, "processors", lambda device: 24)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("gate", ["calibrated", "relative"])
+@pytest.mark.parametrize("dense", [False, True])
+def test_in_slices(dtype: torch.dtype, gate: str, dense: bool, many_processors: None) -> None:
+    x, weight, bias, U, B = problem(70, 50, 600, 20, dtype, dense=dense)
+    norm = reference.delta_norm(x, B)
+    tau = between(norm / reference.key_length(x) if gate == "relative" else norm)
+    out = torch.nn.functional.linear(x, weight, bias)
+    expected = reference.gated_delta(out.double(), x.double(), U if U is None else U.double(), B.double(), tau, gate)
+    plain = reference.gated_delta(out, x, U, B, tau, gate)
+    for sketch in (None, make_sketch(B, 1e-9, rows=16)):
+        first, second = (cuda.gated_delta(out, x, U, B, tau, sketch, gate) for _ in range(2))
+        assert torch.equal(first[1], expected[1])
+        assert torch.equal(first[0], second[0])
+        assert torch.equal(first[0][~first[1]], out[~first[1]])
+        assert_as_good(first[0], plain[0], expected[0])
+
+
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("undecided", [0, 15, 30, 47, 60, 90, 200])
+def test_any_number_of_undecided_tokens(undecided: int, dense: bool, many_processors: None) -> None:
+    """The second stage takes 1 to 4 units of 16 fp32 tokens at once, then blocks of 4 units."""
+    x, weight, bias, U, B = problem(200, 50, 600, 36, torch.float32, dense=dense)
+    norm = reference.delta_norm(x, B)
+    x = x / norm[:, None]
+    x[torch.randperm(200, generator=torch.Generator().manual_seed(1))[:undecided]] *= 90  # past the sketch
+    x[:, 0] += 0.01
+    tau = torch.tensor(80.0, device=DEVICE)
+    out = torch.nn.functional.linear(x, weight, bias)
+    ours = cuda.gated_delta(out, x, U, B, tau, make_sketch(B, 1e-9, rows=24))
+    expected = reference.gated_delta(out, x, U, B, tau)
+    assert int(expected[1].sum()) == undecided
+    assert torch.equal(ours[1], expected[1])
+    torch.testing.assert_close(ours[0], expected[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(cuda.correct(out, x, U, B, expected[1]), expected[0], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.gpu
 def test_captured_in_a_graph() -> None:
     for tokens in (1, 40, 100, 600):

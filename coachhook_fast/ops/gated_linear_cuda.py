@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from torch import Tensor
 from coachhook_fast.ops._library import LIBRARY, build_info
 from coachhook_fast.reference import gated_linear as reference
 from coachhook_fast.reference.gated_linear import accumulator_dtype, sequence_rows
+
+if TYPE_CHECKING:
+    from coachhook_fast.kernels.delta_norm import Parts
 
 GateOutput = tuple[Tensor, Tensor, Tensor]
 
@@ -90,27 +93,21 @@ def _correct_calibrated(
     tau: Tensor,
     mask: Tensor | None,  # [tokens]
     sketched: bool,
-    c: Tensor | None,  # [tokens, r], not with a sketch
-    sums: Tensor,  # of the sketch, or of B
+    parts: Parts,  # of the sketch, or of B
 ) -> Tensor:  # fire [tokens]
-    from coachhook_fast.kernels import delta_norm as project_kernels
     from coachhook_fast.kernels import gate as gate_kernels
+    from coachhook_fast.kernels import listed as listed_kernels
 
-    fire, _ = gate_kernels.threshold(sums, tau, mask, first_stage=sketched)
-    assert fire is not None
-    places, listed, count = gate_kernels.list_fired(fire)
+    tokens, lengths = x.shape[0], parts.lengths
+    fire = torch.empty(tokens, dtype=torch.bool, device=x.device)
     if sketched:
-        rows, undecided = listed, count
-        fire = torch.zeros_like(fire)
-        _, c, sums = project_kernels.project(x, B, rows=rows, count=undecided, store_c=U is not None)
-        entries, _ = gate_kernels.threshold(sums, tau, rows=rows, count=undecided, token_fire=fire)
-        assert entries is not None
-        places, listed, count = gate_kernels.list_fired(entries, rows)
-    if U is None:
-        gate_kernels.correct(out, x, B, listed, listed, count)
-    else:
-        assert c is not None
-        gate_kernels.correct(out, c, U, places, listed, count)
+        undecided = gate_kernels.decide(parts, tokens, tau, mask, fire=fire, lengths=lengths, first_stage=True)
+        parts = listed_kernels.project_listed(x, B, undecided.listed, parts.counts)
+        mask, lengths = None, None if lengths is None else lengths[:1]
+    dense = out if U is None else None
+    fired = gate_kernels.decide(parts, tokens, tau, mask, fire=fire, lengths=lengths, keep=U is not None, out=dense)
+    if U is not None:
+        gate_kernels.correct(out, parts.values, U, fired.places if sketched else fired.listed, *fired[1:])
     return fire
 
 
@@ -124,22 +121,20 @@ def _correct_sequence(
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
     state: Tensor | None,
-    c: Tensor | None,
-    sums: Tensor,
+    parts: Parts,
 ) -> tuple[Tensor, Tensor]:  # fire [tokens], state [S, 3]
     from coachhook_fast.kernels import gate as gate_kernels
 
-    _, norm = gate_kernels.threshold(sums, None, want_norm=True)
-    assert norm is not None
+    norm = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+    gate_kernels.decide(parts, x.shape[0], norm=norm, keep=U is not None)
     if cu_seqlens is None:
         norm = norm.view(sequence_rows(shape, mask, state), -1)
     state = None if state is None else state.to(torch.float32).contiguous()
     fire, _, after = gate_kernels.sequence(norm, alpha, _flat(mask), cu_seqlens, state)
     fire = fire.view(-1)
-    places, listed, count = gate_kernels.list_fired(fire)
-    src, a = (x, B) if U is None else (c, U)
-    assert src is not None
-    gate_kernels.correct(out, src, a, places, listed, count)
+    listed, counts = gate_kernels.list_fired(fire)
+    src, a = (x, B) if U is None else (parts.values, U)
+    gate_kernels.correct(out, src, a, listed, listed, counts[0])
     return fire, after
 
 
@@ -160,22 +155,21 @@ def _delta(
     from coachhook_fast.kernels import delta_norm as project_kernels
 
     rows = _rows(x, B.dtype)
-    threshold = _limits(x, threshold, gate)
     sketch = None if gate == "sequence" else sketch
-    base, c, sums = project_kernels.project(
+    base, parts = project_kernels.project(
         rows,
         B if sketch is None else sketch,
         weight if out is None else None,
         bias if out is None else None,
-        store_c=sketch is None and U is not None,
+        want_length=gate == "relative",
     )
     out = base if out is None else out
     assert out is not None
     if gate != "sequence":
-        fire = _correct_calibrated(out, rows, U, B, threshold, _flat(mask), sketch is not None, c, sums)
+        fire = _correct_calibrated(out, rows, U, B, threshold, _flat(mask), sketch is not None, parts)
         after = torch.empty(0, 3, dtype=accumulator_dtype(B.dtype), device=x.device)
     else:
-        fire, after = _correct_sequence(out, rows, x.shape[:-1], U, B, threshold, mask, cu_seqlens, state, c, sums)
+        fire, after = _correct_sequence(out, rows, x.shape[:-1], U, B, threshold, mask, cu_seqlens, state, parts)
     return out, fire, after
 
 
@@ -269,10 +263,10 @@ def delta_norm(x: Tensor, B: Tensor) -> Tensor:
     from coachhook_fast.kernels import gate as gate_kernels
 
     with _on(x):
-        _, _, sums = project_kernels.project(_rows(x, B.dtype), B)
-        _, norm = gate_kernels.threshold(sums, None, want_norm=True)
-    assert norm is not None
-    return norm.view(x.shape[:-1])
+        _, parts = project_kernels.project(_rows(x, B.dtype), B)
+        norm = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+        gate_kernels.decide(parts, norm.numel(), norm=norm)
+    return norm
 
 
 def sequence_gate(
@@ -298,21 +292,20 @@ def correct(out: Tensor, x: Tensor, U: Tensor | None, B: Tensor, fire: Tensor) -
     _check(x, U, B, out=out, fire=fire)
     if not _has_kernels(x, B):
         return reference.correct(out, x, U, B, fire)
-    from coachhook_fast.kernels import delta_norm as project_kernels
     from coachhook_fast.kernels import gate as gate_kernels
+    from coachhook_fast.kernels import listed as listed_kernels
 
     result = out.clone(memory_format=torch.contiguous_format)
     with _on(x):
         rows = _rows(x, B.dtype)
-        listed, _, count = gate_kernels.list_fired(fire.to(torch.bool).reshape(-1).contiguous())
+        listed, counts = gate_kernels.list_fired(fire.to(torch.bool).reshape(-1).contiguous())
         target = result.view(-1, result.shape[-1])
         if U is None:
-            gate_kernels.correct(target, rows, B, listed, listed, count)
+            gate_kernels.correct(target, rows, B, listed, listed, counts[0])
         else:
-            _, c, _ = project_kernels.project(rows, B, rows=listed, count=count, store_c=True)
-            assert c is not None
-            entries = torch.arange(rows.shape[0], dtype=torch.int32, device=x.device)
-            gate_kernels.correct(target, c, U, entries, listed, count)
+            parts = listed_kernels.project_listed(rows, B, listed, counts)
+            gate_kernels.decide(parts, rows.shape[0], keep=True)
+            gate_kernels.correct(target, parts.values, U, None, listed, counts[0])
     return result
 
 
