@@ -1,8 +1,8 @@
 """``torch.ops.coachhook.gated_linear`` and its parts: schemas, fakes, gradients, autocast.
 
 One definition (``reference/gated_linear.py``) runs where no kernel is registered; csrc/gated_linear.cpp takes
-the CPU key, csrc/cuda (few tokens) and ``ops/gated_linear_cuda.py`` (Triton) the CUDA key. No op changes an argument. The decision is a constant
-to autograd:
+the CPU key, csrc/cuda (few tokens) and ``ops/gated_linear_cuda.py`` (Triton) the CUDA key. No op changes an
+argument. The decision is a constant to autograd:
 
     grad_x = g W + fire * (g U) B,   grad_W = g^T x,   grad_b = sum g.
 

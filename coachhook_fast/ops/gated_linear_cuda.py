@@ -310,7 +310,7 @@ def correct(out: Tensor, x: Tensor, U: Tensor | None, B: Tensor, fire: Tensor) -
 
 
 if importlib.util.find_spec("triton") is not None:
-    for _op in (delta_norm, sequence_gate, correct):
-        LIBRARY.impl(_op.__name__, _op, "CUDA")
-    for _op in (gated_linear, gated_delta):
-        LIBRARY.impl(f"{_op.__name__}_triton" if build_info().get("cuda") else _op.__name__, _op, "CUDA")
+    for _op in (gated_linear, gated_delta, delta_norm, sequence_gate, correct):
+        # csrc/cuda has the key of these two, and sends on what it does not take
+        _suffix = "_triton" if build_info().get("cuda") and _op in (gated_linear, gated_delta) else ""
+        LIBRARY.impl(f"{_op.__name__}{_suffix}", _op, "CUDA")
