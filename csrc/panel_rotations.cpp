@@ -2,6 +2,8 @@
 
 #include <ATen/ATen.h>
 
+#include "small_matrices.h"
+
 namespace coachhook {
 namespace {
 
@@ -26,20 +28,9 @@ void polish(at::Tensor& V, at::Tensor gram, const at::Tensor& half) {
 
 at::Tensor small_enough(const at::Tensor& gram) { return gram.abs().max().lt(kDeviation); }
 
-// The lower factors of [*, size, size]; `good` becomes false where there is none.
-at::Tensor factors(const at::Tensor& matrices, at::Tensor& good) {
-  auto [factor, info] = at::linalg_cholesky_ex(matrices);
-  good = good.logical_and(info.eq(0).all());
-  return factor;
-}
-
 at::Tensor yes(const at::Tensor& x) { return at::ones({}, x.options().dtype(at::kBool)); }
 
 }  // namespace
-
-at::Tensor invert_lower(const at::Tensor& triangles) {
-  return at::linalg_solve_triangular(triangles, eye_like(triangles).expand_as(triangles), /*upper=*/false);
-}
 
 Rotations rotations(const at::Tensor& X, bool removes) {
   const int64_t panels = X.size(0), width = X.size(1), n = X.size(2), size = width + n;
@@ -47,10 +38,10 @@ Rotations rotations(const at::Tensor& X, bool removes) {
   at::Tensor good = yes(X);
   const at::Tensor of_rows = at::baddbmm(eye_like(Xt).expand({panels, width, width}), X, Xt);
   const at::Tensor of_columns = at::baddbmm(eye_like(X).expand({panels, n, n}), Xt, X);
-  const at::Tensor T = invert_lower(factors(of_rows, good));
+  const at::Tensor T = inverse_factors(of_rows, good);
   // R = F^T, or for a lower triangular R the factor of the matrix turned upside down
-  at::Tensor R = removes ? invert_lower(factors(of_columns.flip({1, 2}), good)).flip({1, 2})
-                       : invert_lower(factors(of_columns, good));
+  at::Tensor R = removes ? inverse_factors(of_columns.flip({1, 2}), good).flip({1, 2})
+                         : inverse_factors(of_columns, good);
   R = R.transpose(1, 2);
   at::Tensor Q = at::empty({panels, size, size}, X.options());
   Q.narrow(1, 0, width).narrow(2, 0, width).copy_(T.transpose(1, 2));
@@ -82,7 +73,7 @@ Chain chain(const at::Tensor& Y, bool removes) {
   at::Tensor good = yes(Y);
   const at::Tensor eye = eye_like(Y).expand({1, n, n});
   const at::Tensor sums = at::cumsum(at::bmm(Y.transpose(1, 2), Y), 0).mul_(sign).add_(eye);
-  at::Tensor P = invert_lower(factors(sums, good)).transpose(1, 2);
+  at::Tensor P = inverse_factors(sums, good).transpose(1, 2);
   if (!removes) {  // what is lost in a difference does not come back
     const at::Tensor all = Y.reshape({1, panels * width, n}).expand({panels, panels * width, n});
     const at::Tensor panel = at::arange(panels, Y.options().dtype(at::kLong));
@@ -102,7 +93,7 @@ Chain chain(const at::Tensor& Y, bool removes) {
   if (removes) {
     const at::Tensor rest =
         at::baddbmm(at::eye(width, Y.options()).expand({panels, width, width}), X, X.transpose(1, 2), 1, -1);
-    X = at::linalg_solve_triangular(factors(rest, good), X, /*upper=*/false);
+    X = at::bmm(inverse_factors(rest, good), X);
   }
   return {X, P, good};
 }

@@ -40,7 +40,4 @@ struct Chain {
 // From Y [panels, kPanel, n], fp64.
 Chain chain(const at::Tensor& Y, bool removes);
 
-// The inverses of lower triangles [panels, size, size].
-at::Tensor invert_lower(const at::Tensor& triangles);
-
 }  // namespace coachhook

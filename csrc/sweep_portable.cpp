@@ -7,16 +7,18 @@
 
 #include "factor_sweep.h"
 #include "panel_rotations.h"
+#include "small_matrices.h"
 
 namespace coachhook {
 namespace {
 
 constexpr int64_t kMostPanels = 32;
-constexpr int64_t kPart = 512;
+constexpr int64_t kRoom = 1 << 20;
+constexpr int64_t kPart = 512;  // rows
 
-// Panels of a group: as many as leave the sweep's memory under d^2 / 8 numbers.
+// Panels of a group: as many as leave the sweep's memory under d^2 / 8 numbers, or their own under kRoom.
 int64_t group_size(int64_t d, int64_t n) {
-  const int64_t room = d * d / 8 - d * (kPanel + 4 * n);
+  const int64_t room = std::max(d * d / 8 - d * (kPanel + 4 * n), kRoom);
   const int64_t size = kPanel + n;
   int64_t panels = 1;
   while (panels < kMostPanels &&
@@ -30,8 +32,12 @@ class PortableSweep final : public FactorSweep {
  public:
   explicit PortableSweep(const SweepBuffers& buffers)
       : b_(buffers), panels_(Panel::count(b_.d)), group_(group_size(b_.d, b_.n)) {
-    const at::Tensor places = at::tril_indices(kPanel, kPanel, 0, b_.factor.options().dtype(at::kLong));
+    const at::TensorOptions index = b_.factor.options().dtype(at::kLong);
+    const at::Tensor places = at::tril_indices(kPanel, kPanel, 0, index);
     places_ = places[0] * kPanel + places[1];
+    count_ = at::arange(packed_size(kPanel), index);
+    const at::Tensor columns = at::arange(0, b_.d, kPanel, index);
+    begins_ = columns.mul(2 * b_.d + 1 - columns).floor_divide_(2).unsqueeze_(1);
     if (b_.keys.defined()) rows_ = at::empty({b_.d, kPanel + b_.n}, b_.factor.options());
   }
 
@@ -57,7 +63,7 @@ class PortableSweep final : public FactorSweep {
   void forward(int64_t index) override {
     const Panel p(b_.d, index);
     const at::Tensor x = right_side(p.first, p.width);
-    x.copy_(at::mm(inverse(p, index), x));
+    x.copy_(at::mm(inverse(index, p.width), x));
     if (p.below > 0) right_side(p.first + p.width, p.below).addmm_(rect(p, p.below), x, 1, /*alpha=*/-1);
   }
 
@@ -67,12 +73,16 @@ class PortableSweep final : public FactorSweep {
     // The long sum in parts, since a product of so few columns would leave most of a GPU without work.
     const int64_t parts = p.below / kPart, rest = p.below - parts * kPart;
     if (rest > 0) x.addmm_(rect(p, rest).t(), right_side(p.first + p.width, rest), 1, /*alpha=*/-1);
+    at::Tensor y;
     if (parts > 0) {
       const at::Tensor rows = rect(p, p.below).narrow(0, rest, parts * kPart).view({parts, kPart, p.width});
       const at::Tensor below = right_side(p.first + p.width + rest, parts * kPart).unflatten(0, {parts, kPart});
-      x.sub_(at::bmm(rows.transpose(1, 2), below).sum(0));
+      y = x.sub(at::bmm(rows.transpose(1, 2), below).sum(0));
+    } else {
+      y = x.clone();
     }
-    x.copy_(at::mm(inverse(p, index).t(), x));
+    at::Tensor result = x;
+    at::mm_out(result, inverse(index, p.width).t(), y);
   }
 
  private:
@@ -108,24 +118,22 @@ class PortableSweep final : public FactorSweep {
 
   // [count, kPanel, kPanel]; the last panel's, where it is smaller, is continued by an identity.
   at::Tensor triangles(int64_t first, int64_t count) const {
-    const at::Tensor eye = at::eye(kPanel, b_.factor.options()).view(-1);
-    const at::Tensor packed = eye.index_select(0, places_).expand({count, -1}).contiguous();
-    for (int64_t i = 0; i < count; ++i) {
-      const Panel p(b_.d, first + i);
-      const int64_t size = packed_size(p.width);
-      packed[i].narrow(0, 0, size).copy_(b_.factor.narrow(0, p.triangle, size));
-    }
+    const at::Tensor places = begins_.narrow(0, first, count) + count_;
+    const at::Tensor identity = at::eye(kPanel, b_.factor.options()).view(-1).index_select(0, places_);
+    const at::Tensor inside = places.lt(b_.factor.size(0));
+    const at::Tensor found = b_.factor.take(places.clamp_max(b_.factor.size(0) - 1));
     const at::Tensor D = at::zeros({count, kPanel * kPanel}, b_.factor.options());
-    return D.index_copy_(1, places_, packed).view({count, kPanel, kPanel});
+    return D.index_copy_(1, places_, at::where(inside, found, identity)).view({count, kPanel, kPanel});
   }
 
   void set_triangles(int64_t first, const at::Tensor& D) const {
-    const int64_t count = D.size(0);
-    const at::Tensor packed = D.reshape({count, kPanel * kPanel}).index_select(1, places_);
-    for (int64_t i = 0; i < count; ++i) {
-      const Panel p(b_.d, first + i);
-      const int64_t size = packed_size(p.width);
-      b_.factor.narrow(0, p.triangle, size).copy_(packed[i].narrow(0, 0, size));
+    const at::Tensor packed = D.reshape({-1, kPanel * kPanel}).index_select(1, places_);
+    const Panel last(b_.d, first + D.size(0) - 1);
+    const int64_t whole = D.size(0) - (last.width < kPanel ? 1 : 0);
+    b_.factor.index_copy_(0, (begins_.narrow(0, first, whole) + count_).view(-1), packed.narrow(0, 0, whole).view(-1));
+    if (last.width < kPanel) {
+      const int64_t size = packed_size(last.width);
+      b_.factor.narrow(0, last.triangle, size).copy_(packed[whole].narrow(0, 0, size));
     }
   }
 
@@ -157,7 +165,8 @@ class PortableSweep final : public FactorSweep {
     identity_rows().copy_(all[count]);
   }
 
-  // Writes the factor: what it takes is here before the first write.
+  // Writes the factor. What it takes from here on is less than what the group has given back: nothing that a GPU's
+  // allocator would have to ask for.
   void apply(bool removes, int64_t first, const at::Tensor& D, const at::Tensor& Q, const at::Tensor& left,
              const at::Tensor& X) const {
     for (int64_t i = 0; i < D.size(0); ++i) {
@@ -198,18 +207,20 @@ class PortableSweep final : public FactorSweep {
     set_triangles(first, top.narrow(2, 0, kPanel));
   }
 
-  at::Tensor inverse(const Panel& p, int64_t index) {  // of a triangle; kMostPanels of them are kept
+  at::Tensor inverse(int64_t index, int64_t width) {  // of a triangle; kMostPanels of them are kept
     if (inverted_ != index / kMostPanels) {
       inverted_ = index / kMostPanels;
       const int64_t first = inverted_ * kMostPanels;
       inverses_ = invert_lower(triangles(first, std::min(kMostPanels, panels_ - first)));
     }
-    return inverses_[index % kMostPanels].narrow(0, 0, p.width).narrow(1, 0, p.width);
+    return inverses_[index % kMostPanels].narrow(0, 0, width).narrow(1, 0, width);
   }
 
   SweepBuffers b_;
   int64_t panels_, group_;
-  at::Tensor places_;  // of a triangle's numbers in [kPanel, kPanel]
+  at::Tensor places_;  // of a packed triangle's numbers in [kPanel, kPanel]
+  at::Tensor count_;   // 0, 1, ... for each of them
+  at::Tensor begins_;  // [panels, 1], where the triangles begin in the factor
   at::Tensor rows_;    // [d, kPanel + n], what [A K] become
   at::Tensor inverses_;
   int64_t inverted_ = -1;
