@@ -384,7 +384,8 @@ void chol_downdate(at::Tensor& L, const at::Tensor& K) {
       sweeps[item]->run([&] {
         for (; done < steps; ++done) {
           stop_if_interrupted();
-          TORCH_CHECK_VALUE(sweeps[item]->rotate(Mode::kDowndate, done), refusal, "0 (of 1) in factor ", item);
+          const bool possible = sweeps[item]->rotate(Mode::kDowndate, done);
+          TORCH_CHECK_VALUE(possible, refusal, "0 (of 1) in factor ", item);
         }
       });
     }

@@ -6,9 +6,9 @@
 // is orthogonal and takes [D W] to [D' 0] with D' = D T, and the rows below, [A K], to [A' K']. It needs X
 // only, and the X of all panels follow from Y = L^-1 K: X_j = Y_j P_j, where P_j is what the panels before
 // make of an identity below K: P_j = F_j^-T with F_j F_j^T = I + sum_{i<j} Y_i^T Y_i.
-// To remove keys, F_j F_j^T = I - sum and Q is that of X' = T^-1 X, T T^T = I - X X^T, which would add the keys
-// again: A' comes from A = [A' K] Q's left columns, and K' from A' and K (the mixed form, which is as stable as
-// the problem). R is lower triangular there, the inverse transpose of what I - X^T X has.
+// To remove keys, F_j F_j^T = I - sum and Q is that of X' = T^-1 X, T T^T = I - X X^T, which would add them
+// again: A' comes from A = [A' K] Q's left columns, and K' from A' and K (the mixed form, which is as stable
+// as the problem). R is lower triangular there, the inverse transpose of what I - X^T X has.
 //
 // A Cholesky factorisation of I + X^T X loses the digits that X^T X has more than I, so each basis is made
 // orthonormal again afterwards (`polish`): the first factorisation only has to be good to a few digits.

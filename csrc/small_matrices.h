@@ -1,5 +1,5 @@
-// Inverses of the sweep's small triangles, without a synchronisation: one launch of csrc/cuda/small_cholesky.cu
-// where it was built and the matrices are small enough, ATen's routines otherwise.
+// Inverses of the sweep's small triangles, without a synchronisation: one launch of
+// csrc/cuda/small_cholesky.cu where it was built and they are small enough, ATen's routines otherwise.
 #pragma once
 
 #include <ATen/core/Tensor.h>

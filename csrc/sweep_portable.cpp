@@ -12,7 +12,7 @@
 namespace coachhook {
 namespace {
 
-constexpr int64_t kMostPanels = 32;
+constexpr int64_t kMostPanels = 24;
 constexpr int64_t kRoom = 1 << 20;
 constexpr int64_t kPart = 512;  // rows
 
@@ -76,8 +76,8 @@ class PortableSweep final : public FactorSweep {
     at::Tensor y;
     if (parts > 0) {
       const at::Tensor rows = rect(p, p.below).narrow(0, rest, parts * kPart).view({parts, kPart, p.width});
-      const at::Tensor below = right_side(p.first + p.width + rest, parts * kPart).unflatten(0, {parts, kPart});
-      y = x.sub(at::bmm(rows.transpose(1, 2), below).sum(0));
+      const at::Tensor below = right_side(p.first + p.width + rest, parts * kPart);
+      y = x.sub(at::bmm(rows.transpose(1, 2), below.unflatten(0, {parts, kPart})).sum(0));
     } else {
       y = x.clone();
     }
@@ -130,7 +130,8 @@ class PortableSweep final : public FactorSweep {
     const at::Tensor packed = D.reshape({-1, kPanel * kPanel}).index_select(1, places_);
     const Panel last(b_.d, first + D.size(0) - 1);
     const int64_t whole = D.size(0) - (last.width < kPanel ? 1 : 0);
-    b_.factor.index_copy_(0, (begins_.narrow(0, first, whole) + count_).view(-1), packed.narrow(0, 0, whole).view(-1));
+    const at::Tensor places = (begins_.narrow(0, first, whole) + count_).view(-1);
+    b_.factor.index_copy_(0, places, packed.narrow(0, 0, whole).view(-1));
     if (last.width < kPanel) {
       const int64_t size = packed_size(last.width);
       b_.factor.narrow(0, last.triangle, size).copy_(packed[whole].narrow(0, 0, size));
@@ -165,8 +166,8 @@ class PortableSweep final : public FactorSweep {
     identity_rows().copy_(all[count]);
   }
 
-  // Writes the factor. What it takes from here on is less than what the group has given back: nothing that a GPU's
-  // allocator would have to ask for.
+  // Writes the factor. What it takes from here on is less than what the group has given back: nothing that a
+  // GPU's allocator would have to ask for.
   void apply(bool removes, int64_t first, const at::Tensor& D, const at::Tensor& Q, const at::Tensor& left,
              const at::Tensor& X) const {
     for (int64_t i = 0; i < D.size(0); ++i) {

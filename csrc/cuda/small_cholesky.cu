@@ -1,11 +1,10 @@
-// One block a matrix, the whole matrix in registers, one barrier a column: a column step is bound by latency, so
-// what counts is how few of them there are and that nothing is read twice from farther than shared memory.
+// One block a matrix, the whole matrix in registers, one barrier a column: a column step is bound by latency.
 //
 // Step j of the Cholesky factorisation subtracts l_i l_k from a_ik for all rows i > j, k > j; the same row
 // operations on an identity leave F^-1, whose row i after step j reaches to column j, where the factor is no
 // longer needed. So both live in one matrix: with r = (row j of F^-1 | l below j), every entry of a row i > j
-// becomes a_ik - l_i r_k, column j itself -l_i r_j. Entries above the diagonal are changed like the others, so
-// that none asks on which side it lies, and never looked at.
+// becomes a_ik - l_i r_k, column j itself -l_i r_j. Entries above the diagonal are changed like the others,
+// so that none asks on which side it lies, and never read.
 #include <cmath>
 
 #include "small_cholesky.h"
