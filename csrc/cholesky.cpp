@@ -65,14 +65,12 @@ Arguments check(const at::Tensor& L, const at::Tensor& K) {
   const int64_t batch = L.numel() / L.size(-1);
   Arguments a{d, n, batch, L.detach().view({batch, L.size(-1)}), K.detach().reshape({batch, d, n})};
   if (batch == 0) return a;
-  const at::Tensor rows = at::arange(d, at::kLong);
-  std::vector<at::Tensor> places;
-  for (int64_t i = 0; i < Panel::count(d); ++i) {
-    const Panel p(d, i);
-    const at::Tensor r = rows.narrow(0, 0, p.width);
-    places.push_back((r * (r + 3)).floor_divide(2).add(p.triangle));
+  const at::Tensor places = at::empty({d}, at::kLong);
+  for (int64_t row = 0; row < d; ++row) {
+    const int64_t r = row % kPanel;
+    places.data_ptr<int64_t>()[row] = Panel(d, row / kPanel).triangle + r * (r + 3) / 2;
   }
-  const at::Tensor diagonal = a.L.index_select(1, at::cat(places).to(L.device()));
+  const at::Tensor diagonal = a.L.index_select(1, places.to(L.device()));
   const at::Tensor good = diagonal.gt(0).logical_and(diagonal.isfinite());
   if (!good.all().item<bool>()) {
     const int64_t at_index = good.view(-1).logical_not().nonzero().view(-1)[0].item<int64_t>();
@@ -134,12 +132,12 @@ void backward(FactorSweep& sweep, int64_t panels) {
   });
 }
 
-// Adds keys to the first `panels` panels without looking at interrupts: the way back from a downdate.
-void restore_downdated(const Arguments& a, int64_t item, int64_t panels) {
+// Adds keys in the first `steps` steps without looking at interrupts: the way back from a downdate.
+void restore_downdated(const Arguments& a, int64_t item, int64_t steps) {
   const SweepBuffers b = make_buffers(a, item, /*keys=*/true, /*rhs=*/false);
   const auto sweep = make_sweep(b);
   sweep->run([&] {
-    for (int64_t i = 0; i < panels; ++i) sweep->rotate(Mode::kUpdate, i);
+    for (int64_t i = 0; i < steps; ++i) sweep->rotate(Mode::kUpdate, i);
   });
 }
 
@@ -161,42 +159,51 @@ Solution empty_solution(const at::Tensor& K) {
   return {at::empty(K.sizes(), K.options()), at::empty(K.select(-2, 0).sizes(), K.options())};
 }
 
-// One sweep over each factor, and with `solution` the back substitutions. L is left as it came if anything
-// throws.
-void update_all(const Arguments& a, Solution* solution) {
-  const int64_t panels = Panel::count(a.d);
+struct NotPossible {};
+
+// One sweep over each factor, and with `solution` the back substitutions; false when they have to be made
+// anew. L is left as it came then, and if anything throws.
+bool update_all(const Arguments& a, Solution* solution) {
   std::vector<SweepBuffers> buffers;
   std::vector<std::unique_ptr<FactorSweep>> sweeps;
   for (int64_t item = 0; item < a.batch; ++item) {  // all memory before the first write
     buffers.push_back(make_buffers(a, item, /*keys=*/true, /*rhs=*/solution != nullptr));
     sweeps.push_back(make_sweep(buffers.back()));
   }
-  int64_t item = 0, done = 0;  // panels of `item`
+  const int64_t steps = sweeps[0]->steps();
+  int64_t item = 0, done = 0;  // steps of `item`
+  auto restore = [&] {
+    for (; item >= 0; --item, done = steps) {
+      if (item == a.batch) continue;
+      sweeps[item]->run([&] {
+        while (--done >= 0) sweeps[item]->rotate(Mode::kUndo, done);
+      });
+    }
+  };
   try {
     for (; item < a.batch; ++item, done = 0) {
       sweeps[item]->run([&] {
-        for (; done < panels; ++done) {
+        for (; done < steps; ++done) {
           stop_if_interrupted();
-          sweeps[item]->rotate(Mode::kUpdate, done);
+          if (!sweeps[item]->rotate(Mode::kUpdate, done)) throw NotPossible{};
         }
       });
     }
     for (int64_t i = 0; solution != nullptr && i < a.batch; ++i) {
       const SweepBuffers& b = buffers[i];
       solution->s.view({a.batch, a.n}).select(0, i).copy_(strength_of(b));
-      backward(*sweeps[i], panels);
+      backward(*sweeps[i], Panel::count(a.d));
       solution->X.view({a.batch, a.d, a.n}).select(0, i).copy_(columns(b, b.rhs));
     }
     stop_if_interrupted();
+  } catch (const NotPossible&) {
+    restore();
+    return false;
   } catch (...) {
-    for (; item >= 0; --item, done = panels) {
-      if (item == a.batch) continue;
-      sweeps[item]->run([&] {
-        while (--done >= 0) sweeps[item]->rotate(Mode::kUndo, done);
-      });
-    }
+    restore();
     throw;
   }
+  return true;
 }
 
 // ---- refactorisation
@@ -334,22 +341,16 @@ void chol_update(at::Tensor& L, const at::Tensor& K) {
   c10::OptionalDeviceGuard guard(at::device_of(L));
   const Arguments a = check(L, K);
   if (K.numel() == 0) return;
-  if (refactor_is_cheaper(a)) {
-    refactor_all(a);
-  } else {
-    update_all(a, nullptr);
-  }
+  if (refactor_is_cheaper(a) || !update_all(a, nullptr)) refactor_all(a);
 }
 
 std::tuple<at::Tensor, at::Tensor> chol_solve_update(at::Tensor& L, const at::Tensor& K) {
   c10::OptionalDeviceGuard guard(at::device_of(L));
   const Arguments a = check(L, K);
   Solution solution = empty_solution(K);
-  if (K.numel() != 0 && refactor_is_cheaper(a)) {
+  if (K.numel() != 0 && (refactor_is_cheaper(a) || !update_all(a, &solution))) {
     std::tie(solution.X, solution.s) = chol_solve(L, K);
     refactor_all(a);
-  } else if (K.numel() != 0) {
-    update_all(a, &solution);
   }
   return {solution.X, solution.s};
 }
@@ -373,23 +374,24 @@ void chol_downdate(at::Tensor& L, const at::Tensor& K) {
     TORCH_CHECK_VALUE(pivot > 8 * static_cast<double>(a.n) * epsilon, refusal, pivot, " (of 1) in factor ",
                       item);
   }
-  std::vector<SweepBuffers> buffers;
+  std::vector<std::unique_ptr<FactorSweep>> sweeps;
   for (int64_t item = 0; item < a.batch; ++item)
-    buffers.push_back(make_buffers(a, item, /*keys=*/true, /*rhs=*/false));
+    sweeps.push_back(make_sweep(make_buffers(a, item, /*keys=*/true, /*rhs=*/false)));
+  const int64_t steps = sweeps[0]->steps();
   int64_t item = 0, done = 0;
   try {
     for (; item < a.batch; ++item, done = 0) {
-      const auto sweep = make_sweep(buffers[item]);
-      sweep->run([&] {
-        for (; done < panels; ++done) {
+      sweeps[item]->run([&] {
+        for (; done < steps; ++done) {
           stop_if_interrupted();
-          TORCH_CHECK_VALUE(sweep->rotate(Mode::kDowndate, done), refusal, "0 (of 1) in factor ", item);
+          const bool possible = sweeps[item]->rotate(Mode::kDowndate, done);
+          TORCH_CHECK_VALUE(possible, refusal, "0 (of 1) in factor ", item);
         }
       });
     }
     stop_if_interrupted();
   } catch (...) {
-    for (; item >= 0; --item, done = panels) {
+    for (; item >= 0; --item, done = steps) {
       if (item < a.batch) restore_downdated(a, item, done);
     }
     throw;

@@ -3,8 +3,8 @@
 //
 // L is packed (packed_factor.h), [*, d (d + 1) / 2], fp64 or fp32, contiguous, the lower Cholesky factor of C
 // for each leading index; K is [*, d, n] of the same type and device. CPU tensors run the blocked kernels of
-// block_reflector.cpp, all others the same sweep over ATen products with each panel's own triangle
-// transformed on the host.
+// block_reflector.cpp, all others a sweep over ATen products with groups of panels transformed together
+// (sweep_portable.cpp).
 //
 // Every function checks its arguments before it writes, and a call that fails or is interrupted leaves L as
 // it was: bit for bit if it had not begun to write, otherwise (an interrupt between panels) to rounding, by

@@ -26,9 +26,11 @@ class FactorSweep {
   // Runs `body`, which calls the steps below, with whatever helpers the device offers. Exceptions pass
   // through.
   virtual void run(const std::function<void()>& body) { body(); }
-  // Rotates panel `index` and the rows below it; false, with the panel untouched, when a downdate is not
-  // possible.
-  virtual bool rotate(Mode mode, int64_t index) = 0;
+  // A rotation goes through the factor in this many steps, of a panel or several.
+  virtual int64_t steps() const = 0;
+  // Rotates the panels of a step and the rows below them; false, with the factor untouched, when that is not
+  // possible: to remove the keys, or to add keys so strong that the factor should be made anew.
+  virtual bool rotate(Mode mode, int64_t step) = 0;
   // rhs <- L^-1 rhs, panels in rising order; rhs <- L^-T rhs, in falling order.
   virtual void forward(int64_t index) = 0;
   virtual void backward(int64_t index) = 0;

@@ -31,6 +31,8 @@ class CpuSweep final : public FactorSweep {
     d * d * (2 * n + 24) < kParallelWork ? body() : crew_.run(body);  // flops, and bytes by what they cost
   }
 
+  int64_t steps() const override { return Panel::count(buffers_.d); }
+
   bool rotate(Mode mode, int64_t index) override {
     // the way back after an interrupt is rare, and leads from the same w's whoever left them
     if (narrow() && mode != Mode::kUndo) return rotate_narrow(mode, index);

@@ -92,6 +92,18 @@ def private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         os.environ["COACHHOOK_CACHE"] = before
 
 
+@pytest.fixture(params=["kernels", "portable"])
+def path(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The solver's CPU kernels, and the path that other devices take, run on the CPU."""
+    from coachhook_fast.ops import _library
+
+    if _library.EXTENSION is None:
+        pytest.skip("the extension is not built")
+    _library.EXTENSION.set_portable(request.param == "portable")
+    yield request.param
+    _library.EXTENSION.set_portable(False)
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder with CounterFact, ZsRE and WikiText: $COACHHOOK_DATA, else ../shared/data."""

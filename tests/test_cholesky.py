@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +23,6 @@ SIZES = [
 ]  # fmt: skip
 # Largest relative error, in units of the type's epsilon times the condition number (some hundreds here).
 BOUND = {torch.float64: 1e-11, torch.float32: 3e-3}
-
-
-@pytest.fixture(params=["kernels", "portable"])
-def path(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The CPU kernels, and the path that other devices take, run on the CPU."""
-    if _library.EXTENSION is None:
-        pytest.skip("the extension is not built")
-    _library.EXTENSION.set_portable(request.param == "portable")
-    yield request.param
-    _library.EXTENSION.set_portable(False)
 
 
 def problem(d: int, n: int, dtype: torch.dtype = torch.float64, batch: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
@@ -146,7 +135,7 @@ def test_many_keys_are_refactorised(path: str) -> None:
 
 
 @pytest.mark.parametrize("size", [1e-7, 1.0, 1e5])
-def test_strength_is_accurate_from_weak_to_strong(size: float) -> None:
+def test_strength_is_accurate_from_weak_to_strong(path: str, size: float) -> None:
     C, K = problem(200, 6)
     K = K * size
     L = chol_factor(pack(C))
@@ -155,7 +144,7 @@ def test_strength_is_accurate_from_weak_to_strong(size: float) -> None:
         assert float(((s - expected) / expected).abs().max()) < 1e-9
 
 
-def test_strided_keys_and_keys_of_zero() -> None:
+def test_strided_keys_and_keys_of_zero(path: str) -> None:
     C, K = problem(150, 8)
     L = chol_factor(pack(C))
     wide = torch.stack([K, K], -1)[..., 0]
@@ -205,7 +194,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("L", "K", "kind", "message"), [r[1:] for r in REFUSED], ids=[r[0] for r in REFUSED])
 @pytest.mark.parametrize("operator", [chol_solve, chol_update, chol_solve_update, chol_downdate])
-def test_refused_with_nothing_changed(operator: Any, L: Tensor, K: Tensor, kind: type, message: str) -> None:
+def test_refused_with_nothing_changed(path: str, operator: Any, L: Tensor, K: Tensor, kind: type, message: str) -> None:
     L = L.clone() if L.is_contiguous() else L
     before = L.clone()
     with pytest.raises(kind, match=message):
@@ -238,7 +227,7 @@ def test_downdate_refuses_to_lose_definiteness(path: str) -> None:
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5])  # on both sides of kNarrowKeys
 @pytest.mark.parametrize("strength", [1e2, 1e4])
-def test_downdate_of_a_strong_batch(n: int, strength: float) -> None:
+def test_downdate_of_a_strong_batch(path: str, n: int, strength: float) -> None:
     """Keys that dominate C: what is left has lost the digits that they covered, and no more."""
     C, K = problem(300, n)
     L = chol_factor(pack(C))
@@ -311,12 +300,58 @@ def test_runs_without_the_extension_and_says_so_once() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_keys_beyond_all_digits_are_refused_with_nothing_changed() -> None:
+    """Where C drowns in K K^T the device-generic path gives up, and refactorising says why."""
+    C, K = problem(300, 3)
+    K = torch.cat([K, K[:, :1] + 1e-3 * K[:, 1:2]], 1) * 1e8
+    L = chol_factor(pack(C))
+    before = L.clone()
+    _library.EXTENSION.set_portable(True)  # type: ignore[union-attr]
+    try:
+        for operator in (chol_update, chol_solve_update):
+            with pytest.raises(ValueError, match=r"C \+ K K\^T of factor 0 is not positive definite"):
+                operator(L, K)
+    finally:
+        _library.EXTENSION.set_portable(False)  # type: ignore[union-attr]
+    assert torch.equal(L, before)
+
+
 @pytest.mark.gpu
-def test_on_the_gpu() -> None:
-    C, K = problem(500, 20)
-    L = chol_factor(pack(C).cuda())
-    X, s = chol_solve_update(L, K.cuda())
-    assert error(X.cpu(), torch.linalg.solve(C + K @ K.T, K)) < 1e-11
-    assert error(s.cpu(), (K * torch.linalg.solve(C, K)).sum(0)) < 1e-11
-    chol_downdate(L, K.cuda())
-    assert error(unpack(L).cpu(), torch.linalg.cholesky(C)) < 1e-10
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(("d", "n"), [(300, 7), (500, 20), (1000, 130), (2000, 100), (60, 200)])
+def test_on_the_gpu(d: int, n: int, dtype: torch.dtype) -> None:
+    C, K = problem(d, n, dtype)
+    C64, K64 = C.double().cuda(), K.double().cuda()
+    after = torch.linalg.cholesky(C64 + K64 @ K64.T)
+    X_expected, s_expected = torch.cholesky_solve(K64, after), (K64 * torch.linalg.solve(C64, K64)).sum(0)
+    L, K = chol_factor(pack(C).cuda()), K.cuda()
+    before = L.clone()
+    for X, s in (chol_solve(L, K), chol_solve_update(L, K)):
+        assert error(X.double(), X_expected) < BOUND[dtype]
+        assert error(s.double(), s_expected) < BOUND[dtype]
+    assert error(unpack(L).double(), after) < BOUND[dtype]
+    alone = before.clone()
+    chol_update(alone, K)
+    assert error(unpack(alone).double(), after) < BOUND[dtype]
+    chol_downdate(alone, K)
+    assert error(unpack(alone).double(), torch.linalg.cholesky(C64)) < 100 * BOUND[dtype]
+    held = before.clone()
+    with pytest.raises(ValueError, match="must stay positive definite"):
+        chol_downdate(held, 1e3 * K)
+    assert torch.equal(held, before)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("strength", [1.0, 1e4])
+def test_a_strong_batch_on_the_gpu(strength: float) -> None:
+    C, K = (a.cuda() for a in problem(700, 5))
+    L = chol_factor(pack(C))
+    K = torch.cat([K, K[:, :1] + 1e-3 * K[:, 1:2]], 1) * strength  # two keys that are almost one
+    before = L.clone()
+    chol_update(L, K)
+    after = C + K @ K.T
+    assert error(unpack(L) @ unpack(L).T, after) < 1e-14
+    chol_downdate(L, K)
+    covered = float((K * torch.linalg.solve(C, K)).sum(0).max())
+    assert error(unpack(L) @ unpack(L).T, C) < 4 * torch.finfo(torch.float64).eps * max(covered, 100.0)
+    assert not torch.equal(L, before)

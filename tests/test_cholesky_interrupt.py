@@ -51,30 +51,44 @@ def factors(request: pytest.FixtureRequest) -> tuple[Tensor, Tensor]:
     return chol_factor(pack(C + K @ K.mT)), K
 
 
-@pytest.mark.parametrize("operator", [chol_update, chol_solve_update, chol_downdate, chol_solve])
-def test_a_signal_leaves_the_factor(operator: Any, factors: tuple[Tensor, Tensor]) -> None:
-    L, K = factors[0].clone(), factors[1]
+def assert_stops(operator: Any, start: Tensor, K: Tensor) -> None:
+    """Signals at different times: first factor, second factor, back substitution; a busy machine is early or late."""
+    L = start.clone()
     operator(L, K)
     done = L.clone()
-    tolerance = 1e-12 * float(factors[0].abs().max())
-    L.copy_(factors[0])
+    tolerance = 1e-12 * float(start.abs().max())
+    L.copy_(start)
     begin = time.perf_counter()
     operator(L, K)
     whole = time.perf_counter() - begin
     stopped = 0
-    for attempt in range(100):  # first factor, second factor, back substitution; a busy machine is early or late
-        L.copy_(factors[0])
+    for attempt in range(100):
+        L.copy_(start)
         try:
             with stopped_after((0.1 + 0.31 * attempt) % 0.9 * whole):
                 operator(L, K)
         except Stop:
             # The signal may also come just after the operator ended: then the factor must be the finished one.
             if operator is chol_solve or not torch.equal(L, done):
-                torch.testing.assert_close(L, factors[0], rtol=0, atol=tolerance)
+                torch.testing.assert_close(L, start, rtol=0, atol=tolerance)
                 stopped += 1
         if stopped == 5:
             return
     raise AssertionError(f"a signal stopped {stopped} of {attempt + 1} calls")
+
+
+OPERATORS = [chol_update, chol_solve_update, chol_downdate, chol_solve]
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_a_signal_leaves_the_factor(path: str, operator: Any, factors: tuple[Tensor, Tensor]) -> None:
+    assert_stops(operator, *factors)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_a_signal_leaves_the_factor_on_the_gpu(operator: Any, factors: tuple[Tensor, Tensor]) -> None:
+    assert_stops(operator, *(tensor.cuda() for tensor in factors))
 
 
 def test_other_threads_run_meanwhile(factors: tuple[Tensor, Tensor]) -> None:
