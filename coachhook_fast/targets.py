@@ -38,8 +38,9 @@ from coachhook_fast.target_rows import TargetRows, needs_kl_row
 from coachhook_fast.tensor_parallel import is_tensor_parallel
 
 # A step's rows are padded to the longest of their group. Once a group has this many tokens a step, matrix products are
-# at their full rate, and a cluster that would lengthen it by more than this share begins a group of its own.
-_ENOUGH_TOKENS = 128
+# at their full rate, and a cluster that would lengthen it by more than this share begins a group of its own. On a GPU a
+# group also costs the recording of its step, worth some thousand tokens' work (docs/notes/targets.md).
+_ENOUGH_TOKENS = {"cpu": 128, "cuda": 4096}
 _LENGTHENING = 1.2
 
 # Without a learning rate of its own a request's δ moves by about this share of ||v0|| a step.
@@ -102,11 +103,13 @@ def optimise(
     rank, world = workers(partial.model)
     budget = budget or TokenBudget(config.max_batch_tokens, partial.device)
     recording = Recording(partial.model, wanted=graphs)
-    waiting = _groups(clusters, batch, budget.tokens, whole_rows)[rank::world]
+    enough = _ENOUGH_TOKENS.get(partial.device.type, 128) // world
+    waiting = _groups(clusters, batch, budget.tokens, enough, whole_rows)[rank::world]
     together = is_tensor_parallel(partial.model)  # all ranks are in one group, whatever the memory of one shows
     while waiting:
         if not together:  # what is left, by what the groups so far have shown
-            waiting = _groups([cluster for group in waiting for cluster in group], batch, budget.tokens, whole_rows)
+            left = [cluster for group in waiting for cluster in group]
+            waiting = _groups(left, batch, budget.tokens, enough, whole_rows)
         group = waiting.pop(0)
         members = [index for cluster in group for index in cluster]
         tokens = _padded_tokens(members, batch)
@@ -267,10 +270,10 @@ class _Problem:
 
 
 def _groups(
-    clusters: Sequence[list[int]], batch: Sequence[TokenisedRequest], max_tokens: int, whole_rows: bool
+    clusters: Sequence[list[int]], batch: Sequence[TokenisedRequest], max_tokens: int, enough: int, whole_rows: bool
 ) -> list[list[list[int]]]:
     """Clusters of like length together, at most `max_tokens` padded tokens a group (one cluster at least), those that
-    need a row for their KL term apart from those that do not."""
+    need a row for their KL term apart from those that do not. `enough`: tokens of a step after which length matters."""
     after = {i: _from_lookup(tokens) for i, tokens in enumerate(batch)}
     extra = {index: needs_kl_row(tokens, whole_rows) for index, tokens in enumerate(batch)}
 
@@ -280,7 +283,7 @@ def _groups(
     def fits(group: Sequence[list[int]], cluster: list[int]) -> bool:
         (extra_row, shortest), (own_extra_row, length) = kind(group[0]), kind(cluster)
         step_tokens = sum(len(batch[i].rows) for members in group for i in members) * shortest
-        lengthens = step_tokens >= _ENOUGH_TOKENS and length > _LENGTHENING * shortest
+        lengthens = step_tokens >= enough and length > _LENGTHENING * shortest
         members = [i for one in (*group, cluster) for i in one]
         return extra_row == own_extra_row and not lengthens and _padded_tokens(members, batch) <= max_tokens
 

@@ -1,8 +1,7 @@
-"""The delta's product, in slices of d, and with it the base projection where one launch does both.
+"""The delta's product, in slices of d.
 
     c[i]  = x[:, slice i] P[:, slice i]^T     [tokens, r]   fp32, P is B, a sketch of it, or dense Delta
     l[i]  = sum of x[:, slice i]^2            [tokens]      fp32, for `relative`
-    out   = x W^T + b                         [tokens, m]
 
 A rank of 100 is one column tile: without slices there would be a program for every 128 tokens, and most of the
 machine idle. Whoever reads the slices (gate.py) adds them in their order; nothing is added atomically: the same
@@ -68,38 +67,30 @@ def tile_length(x, rows, row_ok, x_row, begin, end, BLOCK_T: tl.constexpr, BLOCK
 @triton.jit
 def project_kernel(
     x,  # [tokens, d]
-    w,  # [m, d]
-    bias,  # [m]
     p,  # [r, d]
-    out,  # [tokens, m]
     c,  # [SPLIT, tokens, c_row]
     lengths,  # [SPLIT, tokens], with HAS_LENGTH
     counts,  # [2] int32: set to zero for the lists that come after
     tokens,
-    m,  # 0: no base part
     r,
     d,
     x_row,
-    w_row,
-    w_col,
     p_row,
     p_col,
     c_row,
-    HAS_BIAS: tl.constexpr,
     HAS_LENGTH: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    GROUP: tl.constexpr,  # token blocks that share a weight tile while it is in L2
+    GROUP: tl.constexpr,  # token blocks that share a tile of P while it is in L2
 ):
     pid = tl.program_id(0)
     if pid == 0:
         tl.store(counts, 0)
         tl.store(counts + 1, 0)
     token_blocks = tl.cdiv(tokens, BLOCK_T)
-    delta_units = tl.cdiv(r, BLOCK_N) * SPLIT
-    units = delta_units + tl.cdiv(m, BLOCK_N)
+    units = tl.cdiv(r, BLOCK_N) * SPLIT
     if HAS_LENGTH:
         units += SPLIT
     first = pid // (GROUP * units) * GROUP
@@ -121,33 +112,23 @@ def project_kernel(
             tl.store(lengths + place, square, mask=row_ok)
             return
         unit -= SPLIT
-    if unit < delta_units:
-        cols = unit // SPLIT * BLOCK_N + tl.arange(0, BLOCK_N)
-        acc = tile_product(
-            x, token, row_ok, x_row, p, cols, cols < r, p_row, p_col, begin, end, BLOCK_T, BLOCK_N, BLOCK_D, False
-        )
-        tl.store(c + place[:, None] * c_row + cols[None, :], acc, mask=row_ok[:, None] & (cols < c_row)[None, :])
-    else:
-        cols = (unit - delta_units) * BLOCK_N + tl.arange(0, BLOCK_N)
-        acc = tile_product(
-            x, token, row_ok, x_row, w, cols, cols < m, w_row, w_col, 0, d, BLOCK_T, BLOCK_N, BLOCK_D, False
-        )
-        if HAS_BIAS:
-            acc += tl.load(bias + cols, mask=cols < m, other=0.0).to(tl.float32)[None, :]
-        out_at = out + token.to(tl.int64)[:, None] * m + cols[None, :]
-        tl.store(out_at, acc.to(out.dtype.element_ty), mask=row_ok[:, None] & (cols < m)[None, :])
+    cols = unit // SPLIT * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc = tile_product(
+        x, token, row_ok, x_row, p, cols, cols < r, p_row, p_col, begin, end, BLOCK_T, BLOCK_N, BLOCK_D, False
+    )
+    tl.store(c + place[:, None] * c_row + cols[None, :], acc, mask=row_ok[:, None] & (cols < c_row)[None, :])
 
 
-def blocks(dtype: torch.dtype, tokens: int, r: int, *, base: bool = False) -> dict[str, int]:
-    """Tile sizes, none of which spills on sm_80 (fp32 `ieee` products run on the CUDA cores)."""
+def blocks(dtype: torch.dtype, tokens: int, r: int, capability: int) -> dict[str, int]:
+    """Tile sizes, none of which spills (fp32 `ieee` products run on the CUDA cores; wgmma, sm_90 on, needs fewer
+    registers)."""
     if dtype == torch.float32:
         size = 16 if tokens <= 16 else 32
-        return {"BLOCK_T": size, "BLOCK_N": 64, "BLOCK_D": 16, "num_warps": 4, "num_stages": 3}
-    if base:
-        return {"BLOCK_T": min(128, width(tokens)), "BLOCK_N": 64, "BLOCK_D": 64, "num_warps": 8, "num_stages": 3}
+        return {"BLOCK_T": size, "BLOCK_N": 32, "BLOCK_D": 16, "num_warps": 4, "num_stages": 3}
     size, columns = min(128 if tokens > 1024 else 64, width(tokens)), min(128, width(r))
-    warps = 8 if size * columns > 64 * 128 else 4
-    return {"BLOCK_T": size, "BLOCK_N": columns, "BLOCK_D": 64, "num_warps": warps, "num_stages": 3}
+    warps = 8 if size * columns > 64 * (128 if capability >= 90 else 64) else 4
+    stages = 4 if capability == 90 else 3
+    return {"BLOCK_T": size, "BLOCK_N": columns, "BLOCK_D": 64, "num_warps": warps, "num_stages": stages}
 
 
 def width(n: int) -> int:
@@ -185,51 +166,37 @@ class Parts(NamedTuple):
 def project(
     x: Tensor,  # [tokens, d], columns contiguous
     p: Tensor,  # [r, d]
-    weight: Tensor | None = None,  # [m, d]: compute the base projection in the same launch
-    bias: Tensor | None = None,  # [m]
     *,
     want_length: bool = False,
-) -> tuple[Tensor | None, Parts]:
-    """``out [tokens, m]`` or None, and the delta's product."""
-    tokens, d = x.shape
-    r, m = p.shape[0], 0 if weight is None else weight.shape[0]
-    config = blocks(x.dtype, tokens, r, base=weight is not None)
+) -> Parts:
+    """The delta's product."""
+    (tokens, d), r = x.shape, p.shape[0]
+    config = blocks(x.dtype, tokens, r, capability(x.device))
     token_blocks, tiles = triton.cdiv(tokens, config["BLOCK_T"]), triton.cdiv(r, config["BLOCK_N"])
-    split = 1
-    if weight is None:  # narrow tiles fit twice on a multiprocessor
-        programs = processors(x.device) * (2 if config["BLOCK_N"] <= 64 else 1)
-        split = slices(token_blocks * tiles, d, config["BLOCK_D"], programs)
-        split = 1 << (split.bit_length() - 1)  # few values: each is a kernel to compile
+    # narrow tiles fit twice on a multiprocessor
+    programs = processors(x.device) * (2 if config["BLOCK_N"] <= 64 else 1)
+    split = slices(token_blocks * tiles, d, config["BLOCK_D"], programs)
+    split = 1 << (split.bit_length() - 1)  # few values: each is a kernel to compile
     c_row = triton.cdiv(r, 16) * 16
     values = torch.empty(split * tokens, c_row, dtype=torch.float32, device=x.device)
     counts = torch.empty(2, dtype=torch.int32, device=x.device)
     lengths = torch.empty(split, tokens, dtype=torch.float32, device=x.device) if want_length else None
-    out = None if weight is None else torch.empty(tokens, m, dtype=x.dtype, device=x.device)
-    w = p if weight is None else weight
-    units = (tiles + want_length) * split + triton.cdiv(m, config["BLOCK_N"])
-    project_kernel[(token_blocks * units,)](
+    project_kernel[(token_blocks * (tiles + want_length) * split,)](
         x,
-        w,
-        x if bias is None else bias,
         p,
-        x if out is None else out,
         values,
         values if lengths is None else lengths,
         counts,
         tokens,
-        m,
         r,
         d,
         x.stride(0),
-        w.stride(0),
-        w.stride(1),
         p.stride(0),
         p.stride(1),
         c_row,
-        HAS_BIAS=bias is not None,
         HAS_LENGTH=want_length,
         SPLIT=split,
         GROUP=8,
         **config,
     )
-    return out, Parts(values, split, counts, lengths)
+    return Parts(values, split, counts, lengths)

@@ -113,7 +113,8 @@ def blocks(dtype: torch.dtype, capability: int) -> dict[str, int]:
     """Tile sizes: as many tokens at once as registers hold. wgmma (sm_90 on) reads its operands from shared memory."""
     if dtype == torch.float32:
         return {"UNIT": 16, "BLOCK_N": 32, "BLOCK_D": 16, "num_warps": 4, "num_stages": 3}
-    return {"UNIT": 64 if capability >= 90 else 32, "BLOCK_N": 128, "BLOCK_D": 64, "num_warps": 8, "num_stages": 3}
+    unit, stages = (64, 4) if capability >= 90 else (32, 3)
+    return {"UNIT": unit, "BLOCK_N": 128, "BLOCK_D": 64, "num_warps": 8, "num_stages": stages}
 
 
 def project_listed(

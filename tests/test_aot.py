@@ -37,16 +37,16 @@ def cases() -> list[dict[str, Any]]:
     def add(kernel: str, dtype: str, ones: str, **constants: Any) -> None:
         entries.append({"kernel": kernel, "dtype": dtype, "ones": ones.split(), "constants": constants})
 
-    for dtype, tokens, r, base, length in (
-        *(("bf16", tokens, r, False, False) for tokens in (64, 512, 2048) for r in (10, 100, 1000)),
-        *(("bf16", tokens, 100, False, True) for tokens in (512, 2048)),
-        ("bf16", 128, 100, True, True),
-        ("fp16", 2048, 100, False, False),
-        *(("fp32", tokens, 100, base, True) for tokens, base in ((16, True), (2048, False))),
+    for dtype, tokens, r, length in (
+        *(("bf16", tokens, r, False) for tokens in (64, 512, 2048) for r in (10, 100, 1000)),
+        *(("bf16", tokens, 100, True) for tokens in (512, 2048)),
+        ("fp16", 2048, 100, False),
+        ("fp32", 2048, 100, True),
     ):
-        config = delta_norm.blocks(dtypes[dtype], tokens, r, base=base)
-        flags = {"HAS_BIAS": base, "HAS_LENGTH": length, "SPLIT": 1 if base else 8, "GROUP": 8}
-        add("delta_norm.project_kernel", dtype, "w_col p_col", **flags, **config)
+        for capability in CAPABILITIES:
+            config = delta_norm.blocks(dtypes[dtype], tokens, r, capability)
+            add("delta_norm.project_kernel", dtype, "p_col", HAS_LENGTH=length, SPLIT=8, GROUP=8, **config)
+            entries[-1]["capabilities"] = [capability]
     for dtype, split in (("bf16", 4), ("bf16", 16), ("fp16", 4), ("fp32", 4)):
         for older in (True, False):
             config = listed.blocks(dtypes[dtype], 80 if older else 90)

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:::triton.runtime.interpreter")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-WAYS = ("decode", "fused", "separate")
+WAYS = {"decode": 10**9, "separate": 0}  # `cuda.DECODE_TOKENS` that leads there
 
 
 def problem(
@@ -67,7 +67,7 @@ def check(name: str, x: Tensor, delta: tuple, threshold: Tensor, sketch: Tensor 
 
 @pytest.fixture(params=WAYS)
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(cuda, "WAYS", ((float("inf"), request.param),))
+    monkeypatch.setattr(cuda, "DECODE_TOKENS", WAYS[request.param])
     return request.param
 
 
@@ -236,17 +236,6 @@ def test_no_token_and_fp64_run_the_plain_definition() -> None:
     assert fire.shape == (0,)
     wide = [part.double() for part in (x, weight, bias, U, B)]  # type: ignore[union-attr]
     assert cuda.gated_linear(*wide, torch.tensor(1.0, device=DEVICE))[0].dtype == torch.float64
-
-
-def test_the_table_covers_every_length() -> None:
-    assert [cuda.way(tokens) for tokens in (1, 64, 65, 256, 257, 10**6)] == [
-        "decode",
-        "decode",
-        "fused",
-        "fused",
-        "separate",
-        "separate",
-    ]
 
 
 @pytest.fixture

@@ -128,16 +128,17 @@ def _rows(case: _Case, device: str) -> list[Row]:
                 steps=sum(f.steps for f in found) / case.count, baseline_requests=SAMPLE, **shared,
             )
         ]  # fmt: skip
-        launched, alike = ours(batch, False)
-        difference = max(float((f.value - g.value).norm() / g.value.norm()) for f, g in zip(found, alike, strict=True))
-        shared["largest_difference"] = difference
-        shared["checked"] = checks["checked"] and difference < (1e-4 if case.dtype == torch.float32 else 0.2)
-        rows.append(
-            make_row(
-                "target values, an edit, steps as CUDA graphs", "the same steps, launched one by one",
-                [seconds / case.count], [launched / case.count], **shared,
-            )
-        )  # fmt: skip
+        if case.dtype == torch.float32:  # a large model's steps are long beside their launches
+            launched, alike = ours(batch, False)
+            pairs = zip(found, alike, strict=True)
+            difference = max(float((f.value - g.value).norm() / g.value.norm()) for f, g in pairs)
+            shared["largest_difference"], shared["checked"] = difference, checks["checked"] and difference < 1e-4
+            rows.append(
+                make_row(
+                    "target values, an edit, steps as CUDA graphs", "the same steps, launched one by one",
+                    [seconds / case.count], [launched / case.count], **shared,
+                )
+            )  # fmt: skip
     for made in rows:
         _say(f"{made['work']}: {made['seconds'] * 1e3:.1f} ms, {made['ratio']:.1f} times, checked {made['checked']}")
     return rows

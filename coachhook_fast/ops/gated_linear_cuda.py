@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from coachhook_fast.ops._library import LIBRARY, build_info
+from coachhook_fast.ops.base_beside import Base, base_beside
 from coachhook_fast.reference import gated_linear as reference
 from coachhook_fast.reference.gated_linear import accumulator_dtype, sequence_rows
 
@@ -21,19 +22,12 @@ if TYPE_CHECKING:
 
 GateOutput = tuple[Tensor, Tensor, Tensor]
 
-# The dispatch table: up to so many tokens, this way. Set from byte and flop counts (docs/notes/gated-linear.md), NOT
-# measured: no GPU was at hand. "decode": everything in one launch. "fused": base and ||Bk||^2 in one kernel, while
-# the bytes of W0 and not the arithmetic are the cost (an H100's balance in bf16 is about 295 tokens). "separate":
-# cuBLAS for the base, a second pass over the activations for the delta, which costs tokens * d elements.
-WAYS = ((64, "decode"), (256, "fused"), (float("inf"), "separate"))
+# Up to so many tokens Triton does all in one launch (where csrc/cuda has not taken the call already); above, cuBLAS
+# does the base, and the delta's kernels run beside it and correct it. Measured: docs/notes/gated-linear.md.
+DECODE_TOKENS = 64
 
 # In one launch, B is read as soon as one token is undecided: with 10 % undecided, likelier than not above this.
 TWO_STAGE_DECODE_TOKENS = 6
-
-
-def way(tokens: int) -> str:
-    """The dispatch table's answer for so many tokens."""
-    return next(name for limit, name in WAYS if tokens <= limit)
 
 
 def _on(x: Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -86,7 +80,7 @@ def _limits(x: Tensor, threshold: Tensor, gate: str) -> Tensor:
 
 
 def _correct_calibrated(
-    out: Tensor,  # [tokens, m], changed in place
+    base: Base,  # its output is changed in place
     x: Tensor,  # [tokens, d]
     U: Tensor | None,
     B: Tensor,
@@ -104,15 +98,18 @@ def _correct_calibrated(
         undecided = gate_kernels.decide(parts, tokens, tau, mask, fire=fire, lengths=lengths, first_stage=True)
         parts = listed_kernels.project_listed(x, B, undecided.listed, parts.counts)
         mask, lengths = None, None if lengths is None else lengths[:1]
-    dense = out if U is None else None
-    fired = gate_kernels.decide(parts, tokens, tau, mask, fire=fire, lengths=lengths, keep=U is not None, out=dense)
-    if U is not None:
-        gate_kernels.correct(out, parts.values, U, fired.places if sketched else fired.listed, *fired[1:])
+    if U is None:
+        base.join()
+        gate_kernels.decide(parts, tokens, tau, mask, fire=fire, lengths=lengths, out=base.out)
+    else:
+        fired = gate_kernels.decide(parts, tokens, tau, mask, fire=fire, lengths=lengths, keep=True)
+        base.join()
+        gate_kernels.correct(base.out, parts.values, U, fired.places if sketched else fired.listed, *fired[1:])
     return fire
 
 
 def _correct_sequence(
-    out: Tensor,  # [tokens, m], changed in place
+    base: Base,  # its output is changed in place
     x: Tensor,  # [tokens, d]
     shape: torch.Size,  # the tokens' own
     U: Tensor | None,
@@ -134,15 +131,14 @@ def _correct_sequence(
     fire = fire.view(-1)
     listed, counts = gate_kernels.list_fired(fire)
     src, a = (x, B) if U is None else (parts.values, U)
-    gate_kernels.correct(out, src, a, listed, listed, counts[0])
+    base.join()
+    gate_kernels.correct(base.out, src, a, listed, listed, counts[0])
     return fire, after
 
 
 def _delta(
-    out: Tensor | None,  # [tokens, m], changed in place; None: compute the base from `weight` too
+    base: Base,  # its output is changed in place
     x: Tensor,  # [..., d]
-    weight: Tensor | None,
-    bias: Tensor | None,
     U: Tensor | None,
     B: Tensor,
     threshold: Tensor,
@@ -151,26 +147,16 @@ def _delta(
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
     state: Tensor | None,
-) -> GateOutput:  # out [tokens, m], fire [tokens], state
+) -> tuple[Tensor, Tensor]:  # fire [tokens], state
     from coachhook_fast.kernels import delta_norm as project_kernels
 
     rows = _rows(x, B.dtype)
     sketch = None if gate == "sequence" else sketch
-    base, parts = project_kernels.project(
-        rows,
-        B if sketch is None else sketch,
-        weight if out is None else None,
-        bias if out is None else None,
-        want_length=gate == "relative",
-    )
-    out = base if out is None else out
-    assert out is not None
-    if gate != "sequence":
-        fire = _correct_calibrated(out, rows, U, B, threshold, _flat(mask), sketch is not None, parts)
-        after = torch.empty(0, 3, dtype=accumulator_dtype(B.dtype), device=x.device)
-    else:
-        fire, after = _correct_sequence(out, rows, x.shape[:-1], U, B, threshold, mask, cu_seqlens, state, parts)
-    return out, fire, after
+    parts = project_kernels.project(rows, B if sketch is None else sketch, want_length=gate == "relative")
+    if gate == "sequence":
+        return _correct_sequence(base, rows, x.shape[:-1], U, B, threshold, mask, cu_seqlens, state, parts)
+    fire = _correct_calibrated(base, rows, U, B, threshold, _flat(mask), sketch is not None, parts)
+    return fire, torch.empty(0, 3, dtype=accumulator_dtype(B.dtype), device=x.device)
 
 
 def _has_kernels(x: Tensor, B: Tensor) -> bool:
@@ -197,17 +183,13 @@ def gated_linear(
         out = torch.nn.functional.linear(x, weight, bias)
         return reference.gated_delta(out, x, U, B, threshold, gate, mask, cu_seqlens, state)
     tokens = x.shape[:-1].numel()
-    chosen = way(tokens)
     one_each = gate != "sequence" or (cu_seqlens is None and sequence_rows(x.shape[:-1], mask, state) == tokens)
-    if chosen == "decode" and not one_each:
-        chosen = "fused"
-    if not x.dtype == weight.dtype == B.dtype:  # a kernel that computes both would round one to the other's
-        chosen = "separate"
     shape = (*x.shape[:-1], weight.shape[0])
-    with _on(x):
-        if chosen == "decode":
-            from coachhook_fast.kernels import decode as decode_kernels
+    # a kernel that computes both products would round one to the other's dtype
+    if tokens <= DECODE_TOKENS and one_each and x.dtype == weight.dtype == B.dtype:
+        from coachhook_fast.kernels import decode as decode_kernels
 
+        with _on(x):
             processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
             out, fire, after = decode_kernels.decode(
                 _rows(x, B.dtype),
@@ -222,11 +204,10 @@ def gated_linear(
                 state=None if state is None else state.to(torch.float32).contiguous(),
                 processors=processors,
             )
-        else:
-            base = None
-            if chosen == "separate":
-                base = torch.nn.functional.linear(x, weight, bias).view(-1, shape[-1])
-            out, fire, after = _delta(base, x, weight, bias, U, B, threshold, sketch, gate, mask, cu_seqlens, state)
+    else:
+        with _on(x), base_beside(x.reshape(tokens, -1), weight, bias) as base:
+            fire, after = _delta(base, x, U, B, threshold, sketch, gate, mask, cu_seqlens, state)
+        out = base.out
     return out.view(shape), fire.view(x.shape[:-1]), after
 
 
@@ -250,7 +231,7 @@ def gated_delta(
     result = out.clone(memory_format=torch.contiguous_format)
     with _on(x):
         rows = result.view(-1, result.shape[-1])
-        _, fire, after = _delta(rows, x, None, None, U, B, threshold, sketch, gate, mask, cu_seqlens, state)
+        fire, after = _delta(Base(rows), x, U, B, threshold, sketch, gate, mask, cu_seqlens, state)
     return result, fire.view(x.shape[:-1]), after
 
 
@@ -263,7 +244,7 @@ def delta_norm(x: Tensor, B: Tensor) -> Tensor:
     from coachhook_fast.kernels import gate as gate_kernels
 
     with _on(x):
-        _, parts = project_kernels.project(_rows(x, B.dtype), B)
+        parts = project_kernels.project(_rows(x, B.dtype), B)
         norm = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
         gate_kernels.decide(parts, norm.numel(), norm=norm)
     return norm

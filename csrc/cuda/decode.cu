@@ -18,6 +18,7 @@
 
 #include <algorithm>
 #include <cfloat>
+#include <cstdlib>
 
 #include "decode.h"
 
@@ -215,7 +216,7 @@ __device__ bool add_over_cluster(float* sums, int count) {
 // Tiles of B (or of the sketch), `slices` blocks a tile, and after them, where `relative` asks for it, ||k||
 // of a token a cluster.
 template <typename T, int NT, Stage stage>
-__global__ void __launch_bounds__(kDeltaWarps* kLanes, 1)
+__global__ void __launch_bounds__(kWarps<NT>* kLanes, 1)
     delta_kernel(const Decode a, int tile_blocks, int slices) {
   extern __shared__ float shared[];
   // The base, which may start from here on, reads x before it waits: by then whatever wrote x must have
@@ -426,6 +427,7 @@ __global__ void __launch_bounds__(kCorrectThreads) correct_kernel(const Decode a
 
 struct Grid {
   int blocks, threads, shared_bytes, cluster;  // cluster: blocks of one
+  bool early = true;
 };
 
 template <typename... Arguments>
@@ -444,30 +446,39 @@ cudaError_t launch(void (*kernel)(Arguments...), const Grid& grid, const Device&
   attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
   config.attrs = attributes;
   config.numAttrs = !device.is_hopper ? 0 : grid.cluster == 1 ? 1 : 2;
+  if (device.is_hopper && !grid.early) {
+    config.attrs = attributes + 1;
+    config.numAttrs = grid.cluster == 1 ? 0 : 1;
+  }
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
 template <typename T, int NT>
 struct Launches {
   // Blocks that share out d for one of `tiles` tiles: as many as keep every multiprocessor at one block.
-  static int slices_of(int tiles, const Device& device) {
-    int slices = device.is_hopper ? 8 : 1;
+  static int slices_of(int tiles, int d, const Device& device) {
+    const int columns = getenv("CH_COLS") ? atoi(getenv("CH_COLS")) : 2048;  // DEV
+    int slices = device.is_hopper ? std::min(8, std::max(1, d / columns)) : 1;
+    while (slices & (slices - 1)) slices &= slices - 1;
     while (slices > 1 && tiles * slices > device.processors) slices /= 2;
     return slices;
   }
 
   static cudaError_t delta(const Decode& call, const Device& device) {
-    constexpr int threads = kDeltaWarps * kLanes, bytes = shared_floats<NT>(kDeltaWarps) * sizeof(float);
+    const bool first_early = !getenv("CH_LATE");                               // DEV
+    const int dw = NT == 8 ? 8 : getenv("CH_DW") ? atoi(getenv("CH_DW")) : 8;  // DEV
+    const int threads = dw * kLanes, bytes = shared_floats<NT>(dw) * sizeof(float);
     const int lengths = call.relative ? call.tokens : 0, tiles = tiles_of(call.r);
-    const int slices = slices_of(tiles, device);
+    const int slices = slices_of(tiles, call.d, device);
     if (call.sketch == nullptr) {
-      return launch(&delta_kernel<T, NT, Stage::kOnly>, {(tiles + lengths) * slices, threads, bytes, slices},
-                    device, call, tiles * slices, slices);
+      return launch(&delta_kernel<T, NT, Stage::kOnly>,
+                    {(tiles + lengths) * slices, threads, bytes, slices, first_early}, device, call,
+                    tiles * slices, slices);
     }
-    const int rough = tiles_of(call.s), cut = slices_of(rough, device);
+    const int rough = tiles_of(call.s), cut = slices_of(rough, call.d, device);
     const cudaError_t error =
-        launch(&delta_kernel<T, NT, Stage::kSketch>, {(rough + lengths) * cut, threads, bytes, cut}, device,
-               call, rough * cut, cut);
+        launch(&delta_kernel<T, NT, Stage::kSketch>,
+               {(rough + lengths) * cut, threads, bytes, cut, first_early}, device, call, rough * cut, cut);
     if (error != cudaSuccess) return error;
     // it waits for the sketch, beside the base's blocks: one a multiprocessor leaves them room
     const int exact = std::min(tiles * slices, device.processors / slices * slices);
@@ -478,7 +489,8 @@ struct Launches {
   static cudaError_t project(const Decode& call, const Device& device) {
     const int tiles = tiles_of(call.m);
     // a block a tile: where they are fewer than two a multiprocessor, more warps keep as many bytes in flight
-    const int warps = tiles >= 3 * device.processors / 2 ? 8 : kWarps<NT>;
+    const int pw = getenv("CH_PW") ? atoi(getenv("CH_PW")) : 0;  // DEV
+    const int warps = pw ? std::min(pw, kWarps<NT>) : tiles >= 3 * device.processors / 2 ? 8 : kWarps<NT>;
     const int bytes = shared_floats<NT>(warps) * sizeof(float);
     return launch(&project_kernel<T, NT>, {tiles, warps * kLanes, bytes, 1}, device, call);
   }

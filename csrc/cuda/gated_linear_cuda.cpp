@@ -2,11 +2,14 @@
 
 #include <ATen/ATen.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/core/Event.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
+#include <mutex>
 #include <optional>
+#include <unordered_map>
 
 #include "decode.h"
 
@@ -16,8 +19,10 @@ namespace {
 using Output = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
 // Up to so many tokens the base's rows are streamed by our own kernel, with the delta in its shadow; above,
-// cuBLAS's product is the better one and the delta's goes before it.
-constexpr int64_t kOwnBaseTokens = 8;
+// cuBLAS's product is the better one, and the delta's runs beside it on another stream.
+constexpr int64_t kOwnBaseTokens = 16;
+// Elements of a weight below which the base ends before a second stream has begun.
+constexpr int64_t kEnoughBeside = 1 << 22;
 // With a sketch, all of B is read as soon as one token is undecided: up to so many tokens that is the rarer
 // case.
 constexpr int64_t kSketchTokens = 16;
@@ -86,6 +91,49 @@ bool takes(const Arguments& a, int64_t m) {
   return attribute(cudaDevAttrComputeCapabilityMajor, device.index()) >= 8;
 }
 
+// The side stream of a stream: first in line for multiprocessors. One each, since cuBLAS keeps a workspace
+// for each.
+c10::cuda::CUDAStream side_of(const c10::cuda::CUDAStream& stream) {
+  static std::mutex mutex;
+  static std::unordered_map<c10::cuda::CUDAStream, c10::cuda::CUDAStream> sides;
+  const std::lock_guard lock(mutex);
+  const auto found = sides.find(stream);
+  if (found != sides.end()) return found->second;
+  const auto side = c10::cuda::getStreamFromPool(/*isHighPriority=*/true, stream.device_index());
+  return sides.emplace(stream, side).first->second;
+}
+
+// x W^T + b while `work` runs on the current stream, which goes on when both are done.
+template <typename F>
+at::Tensor linear_beside(const Arguments& a, const at::Tensor& weight, const F& work) {
+  if (weight.numel() < kEnoughBeside) {
+    work();
+    return at::linear(a.x, weight, a.bias).contiguous();
+  }
+  const c10::cuda::CUDAStream current = c10::cuda::getCurrentCUDAStream();
+  const c10::cuda::CUDAStream side = side_of(current);
+  // All memory is the current stream's, so that nothing is given away while the side stream still writes it.
+  const at::Tensor x = a.x.reshape({-1, a.x.size(-1)});
+  at::Tensor out = at::empty({x.size(0), weight.size(0)}, x.options());
+  c10::Event begin(c10::DeviceType::CUDA), end(c10::DeviceType::CUDA);
+  begin.record(current);
+  begin.block(side);
+  {
+    const c10::cuda::CUDAStreamGuard guard(side);
+    if (a.bias) {
+      at::addmm_out(out, *a.bias, x, weight.t());
+    } else {
+      at::mm_out(out, x, weight.t());
+    }
+    end.record(side);
+  }
+  work();
+  end.block(current);
+  std::vector<int64_t> shape = a.x.sizes().vec();
+  shape.back() = weight.size(0);
+  return out.view(shape);
+}
+
 // `weight`: computed here, by our kernel or cuBLAS. `out` without it: the base's output, corrected in place.
 Output decode(const Arguments& a, const at::Tensor* weight, at::Tensor out, int64_t m) {
   const c10::cuda::CUDAGuard guard(a.x.device());
@@ -98,7 +146,7 @@ Output decode(const Arguments& a, const at::Tensor* weight, at::Tensor out, int6
   const at::Tensor fire = at::empty(a.x.sizes().slice(0, a.x.dim() - 1), x.options().dtype(at::kBool));
   const at::Tensor after = at::empty({sequence ? tokens : 0, 3}, x.options().dtype(at::kFloat));
   const bool own_base = weight != nullptr &&
-                        tokens <= (getenv("CH_OWN") ? atoi(getenv("CH_OWN")) : kOwnBaseTokens) &&
+                        tokens <= (getenv("CH_OWN") ? atoi(getenv("CH_OWN")) : kOwnBaseTokens) &&  // DEV
                         has_rows(*weight);
 
   Decode call = {};
@@ -133,8 +181,9 @@ Output decode(const Arguments& a, const at::Tensor* weight, at::Tensor out, int6
   const Device device = {attribute(cudaDevAttrMultiProcessorCount, index),
                          attribute(cudaDevAttrComputeCapabilityMajor, index) >= 9,
                          c10::cuda::getCurrentCUDAStream()};
-  C10_CUDA_CHECK(launch_delta(call, device));
+  const auto delta = [&] { C10_CUDA_CHECK(launch_delta(call, device)); };
   if (own_base) {
+    delta();
     std::vector<int64_t> shape = a.x.sizes().vec();
     shape.back() = m;
     out = at::empty(shape, x.options());
@@ -142,7 +191,9 @@ Output decode(const Arguments& a, const at::Tensor* weight, at::Tensor out, int6
     call.w_row = weight->stride(0);
     call.bias = a.bias ? a.bias->const_data_ptr() : nullptr;
   } else if (weight != nullptr) {
-    out = at::linear(a.x, *weight, a.bias).contiguous();
+    out = linear_beside(a, *weight, delta);
+  } else {
+    delta();
   }
   call.out = out.mutable_data_ptr();
   C10_CUDA_CHECK(launch_finish(call, device));
