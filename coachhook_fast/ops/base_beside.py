@@ -1,8 +1,7 @@
-"""The base projection beside the delta's kernels: on a stream of its own, where there is enough to hide.
+"""The base projection beside the delta's kernels: on a stream of its own, where that pays.
 
-Neither needs the other before the correction. cuBLAS seldom fills the GPU to the end (two waves of 128 tiles leave 4
-of an H100's 132 multiprocessors idle), and the delta's product is bound by memory where the base is bound by
-arithmetic, or short where the base is not.
+Neither needs the other before the correction: of few tokens the delta's launches vanish behind the base, of very many
+its product runs on what the last tiles of the base leave idle. Figures: docs/notes/gated-linear.md.
 """
 
 from __future__ import annotations
@@ -14,8 +13,18 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-# Multiply-adds of a base below which it ends before a second stream has begun.
-_ENOUGH = 1 << 28
+# Multiply-adds of a base that takes longer than the host needs for all launches, even where each is a call of its own.
+_LONG = 1 << 37
+# In a CUDA graph: tokens up to which it pays, and up to which with at most so many elements of a weight (measured;
+# between these and _LONG both sides want all of the GPU, and it costs up to a tenth).
+_FEW, _SOME, _SMALL = 64, 256, 1 << 24
+
+
+def _is_worth_it(tokens: int, elements: int) -> bool:
+    if tokens * elements >= _LONG:
+        return True
+    few = tokens <= _FEW or (tokens <= _SOME and elements <= _SMALL)
+    return few and torch.cuda.is_current_stream_capturing()
 
 
 @functools.cache
@@ -49,7 +58,7 @@ def base_beside(
     bias: Tensor | None,  # [m]
 ) -> Iterator[Base]:
     """``x weight^T + bias``, joined at the latest at the end."""
-    if not x.is_cuda or x.shape[0] * weight.numel() < _ENOUGH:
+    if not x.is_cuda or not _is_worth_it(x.shape[0], weight.numel()):
         yield Base(torch.nn.functional.linear(x, weight, bias))
         return
     # All memory is the current stream's, so that nothing is given away while the side stream still writes it.

@@ -22,12 +22,21 @@ if TYPE_CHECKING:
 
 GateOutput = tuple[Tensor, Tensor, Tensor]
 
-# Up to so many tokens Triton does all in one launch (where csrc/cuda has not taken the call already); above, cuBLAS
-# does the base, and the delta's kernels run beside it and correct it. Measured: docs/notes/gated-linear.md.
-DECODE_TOKENS = 64
-
+# Up to so many tokens, and up to this rank, Triton does all in one launch (where csrc/cuda has not taken the call
+# already); beyond, cuBLAS does the base, and the delta's kernels correct it. Measured: docs/notes/gated-linear.md.
+DECODE_TOKENS = 32
+DECODE_RANK = 256
 # In one launch, B is read as soon as one token is undecided: with 10 % undecided, likelier than not above this.
 TWO_STAGE_DECODE_TOKENS = 6
+
+
+def decodes(x: Tensor, weight: Tensor, B: Tensor) -> bool:
+    """Whether one launch is the best way. It rounds one factor to the other's dtype where they differ, and in fp32 the
+    tensor cores are idle."""
+    if B.dtype == torch.float32 or not x.dtype == weight.dtype == B.dtype:
+        return False
+    limit = DECODE_TOKENS if B.shape[0] <= DECODE_RANK else TWO_STAGE_DECODE_TOKENS
+    return x.shape[:-1].numel() <= limit
 
 
 def _on(x: Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -185,8 +194,7 @@ def gated_linear(
     tokens = x.shape[:-1].numel()
     one_each = gate != "sequence" or (cu_seqlens is None and sequence_rows(x.shape[:-1], mask, state) == tokens)
     shape = (*x.shape[:-1], weight.shape[0])
-    # a kernel that computes both products would round one to the other's dtype
-    if tokens <= DECODE_TOKENS and one_each and x.dtype == weight.dtype == B.dtype:
+    if one_each and decodes(x, weight, B):
         from coachhook_fast.kernels import decode as decode_kernels
 
         with _on(x):

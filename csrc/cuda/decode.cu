@@ -18,7 +18,6 @@
 
 #include <algorithm>
 #include <cfloat>
-#include <cstdlib>
 
 #include "decode.h"
 
@@ -32,7 +31,7 @@ constexpr int kStep = 32;  // columns that a warp takes at a time
 // tokens.
 template <int NT>
 constexpr int kWarps = NT == 8 ? 8 : 16;
-constexpr int kDeltaWarps = 8;
+constexpr int kColumns = 2048;  // of d, a block of a cluster
 
 __device__ void let_next_start() {
 #if __CUDA_ARCH__ >= 900
@@ -427,7 +426,6 @@ __global__ void __launch_bounds__(kCorrectThreads) correct_kernel(const Decode a
 
 struct Grid {
   int blocks, threads, shared_bytes, cluster;  // cluster: blocks of one
-  bool early = true;
 };
 
 template <typename... Arguments>
@@ -446,39 +444,34 @@ cudaError_t launch(void (*kernel)(Arguments...), const Grid& grid, const Device&
   attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
   config.attrs = attributes;
   config.numAttrs = !device.is_hopper ? 0 : grid.cluster == 1 ? 1 : 2;
-  if (device.is_hopper && !grid.early) {
-    config.attrs = attributes + 1;
-    config.numAttrs = grid.cluster == 1 ? 0 : 1;
-  }
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
 template <typename T, int NT>
 struct Launches {
-  // Blocks that share out d for one of `tiles` tiles: as many as keep every multiprocessor at one block.
+  // Blocks that share out d for one of `tiles` tiles: as many as keep every multiprocessor at one block, and
+  // leave each enough columns to be worth the meeting at the end.
   static int slices_of(int tiles, int d, const Device& device) {
-    const int columns = getenv("CH_COLS") ? atoi(getenv("CH_COLS")) : 2048;  // DEV
-    int slices = device.is_hopper ? std::min(8, std::max(1, d / columns)) : 1;
-    while (slices & (slices - 1)) slices &= slices - 1;
-    while (slices > 1 && tiles * slices > device.processors) slices /= 2;
+    int slices = 1;
+    while (device.is_hopper && slices < 8 && 2 * slices * kColumns <= d &&
+           2 * slices * tiles <= device.processors) {
+      slices *= 2;
+    }
     return slices;
   }
 
   static cudaError_t delta(const Decode& call, const Device& device) {
-    const bool first_early = !getenv("CH_LATE");                               // DEV
-    const int dw = NT == 8 ? 8 : getenv("CH_DW") ? atoi(getenv("CH_DW")) : 8;  // DEV
-    const int threads = dw * kLanes, bytes = shared_floats<NT>(dw) * sizeof(float);
+    constexpr int threads = kWarps<NT> * kLanes, bytes = shared_floats<NT>(kWarps<NT>) * sizeof(float);
     const int lengths = call.relative ? call.tokens : 0, tiles = tiles_of(call.r);
     const int slices = slices_of(tiles, call.d, device);
     if (call.sketch == nullptr) {
-      return launch(&delta_kernel<T, NT, Stage::kOnly>,
-                    {(tiles + lengths) * slices, threads, bytes, slices, first_early}, device, call,
-                    tiles * slices, slices);
+      return launch(&delta_kernel<T, NT, Stage::kOnly>, {(tiles + lengths) * slices, threads, bytes, slices},
+                    device, call, tiles * slices, slices);
     }
     const int rough = tiles_of(call.s), cut = slices_of(rough, call.d, device);
     const cudaError_t error =
-        launch(&delta_kernel<T, NT, Stage::kSketch>,
-               {(rough + lengths) * cut, threads, bytes, cut, first_early}, device, call, rough * cut, cut);
+        launch(&delta_kernel<T, NT, Stage::kSketch>, {(rough + lengths) * cut, threads, bytes, cut}, device,
+               call, rough * cut, cut);
     if (error != cudaSuccess) return error;
     // it waits for the sketch, beside the base's blocks: one a multiprocessor leaves them room
     const int exact = std::min(tiles * slices, device.processors / slices * slices);
@@ -489,8 +482,7 @@ struct Launches {
   static cudaError_t project(const Decode& call, const Device& device) {
     const int tiles = tiles_of(call.m);
     // a block a tile: where they are fewer than two a multiprocessor, more warps keep as many bytes in flight
-    const int pw = getenv("CH_PW") ? atoi(getenv("CH_PW")) : 0;  // DEV
-    const int warps = pw ? std::min(pw, kWarps<NT>) : tiles >= 3 * device.processors / 2 ? 8 : kWarps<NT>;
+    const int warps = tiles >= 3 * device.processors / 2 ? 8 : kWarps<NT>;
     const int bytes = shared_floats<NT>(warps) * sizeof(float);
     return launch(&project_kernel<T, NT>, {tiles, warps * kLanes, bytes, 1}, device, call);
   }

@@ -4,6 +4,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/Event.h>
 #include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGraphsC10Utils.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
@@ -21,8 +22,6 @@ using Output = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 // Up to so many tokens the base's rows are streamed by our own kernel, with the delta in its shadow; above,
 // cuBLAS's product is the better one, and the delta's runs beside it on another stream.
 constexpr int64_t kOwnBaseTokens = 16;
-// Elements of a weight below which the base ends before a second stream has begun.
-constexpr int64_t kEnoughBeside = 1 << 22;
 // With a sketch, all of B is read as soon as one token is undecided: up to so many tokens that is the rarer
 // case.
 constexpr int64_t kSketchTokens = 16;
@@ -38,6 +37,16 @@ bool is_aligned(const at::Tensor& t) { return reinterpret_cast<uintptr_t>(t.cons
 // Rows that the kernels can load 16 bytes at a time.
 bool has_rows(const at::Tensor& t) {
   return t.dim() == 2 && t.stride(1) == 1 && t.stride(0) % 8 == 0 && t.size(1) % 8 == 0 && is_aligned(t);
+}
+
+// A base that ends before a second stream has begun.
+bool is_small(const at::Tensor& weight) { return weight.numel() < (1 << 22); }
+
+// While a CUDA graph is recorded, launches cost nothing: from so many tokens on Triton's kernels are the
+// better ones.
+bool is_better_recorded(const at::Tensor& x, const at::Tensor& weight) {
+  if (c10::cuda::currentStreamCaptureStatusMayInitCtx() == c10::cuda::CaptureStatus::None) return false;
+  return x.numel() / x.size(-1) > (is_small(weight) ? 2 * kOwnBaseTokens : kOwnBaseTokens);
 }
 
 struct Arguments {
@@ -106,7 +115,7 @@ c10::cuda::CUDAStream side_of(const c10::cuda::CUDAStream& stream) {
 // x W^T + b while `work` runs on the current stream, which goes on when both are done.
 template <typename F>
 at::Tensor linear_beside(const Arguments& a, const at::Tensor& weight, const F& work) {
-  if (weight.numel() < kEnoughBeside) {
+  if (is_small(weight)) {
     work();
     return at::linear(a.x, weight, a.bias).contiguous();
   }
@@ -145,9 +154,8 @@ Output decode(const Arguments& a, const at::Tensor* weight, at::Tensor out, int6
   const at::Tensor before = a.state ? a.state->to(at::kFloat).contiguous() : at::Tensor();
   const at::Tensor fire = at::empty(a.x.sizes().slice(0, a.x.dim() - 1), x.options().dtype(at::kBool));
   const at::Tensor after = at::empty({sequence ? tokens : 0, 3}, x.options().dtype(at::kFloat));
-  const bool own_base = weight != nullptr &&
-                        tokens <= (getenv("CH_OWN") ? atoi(getenv("CH_OWN")) : kOwnBaseTokens) &&  // DEV
-                        has_rows(*weight);
+  const bool own_base =
+      weight != nullptr && has_rows(*weight) && (tokens <= kOwnBaseTokens || is_small(*weight));
 
   Decode call = {};
   call.bf16 = a.B.scalar_type() == at::kBFloat16;
@@ -224,7 +232,8 @@ Output gated_linear_cuda(const at::Tensor& x, const at::Tensor& weight, const Op
                          const OptionalTensor& cu_seqlens, const OptionalTensor& state) {
   const Arguments a{x, bias, U, B, threshold, sketch, gate, mask, cu_seqlens, state};
   if (weight.dim() == 2 && weight.scalar_type() == B.scalar_type() && weight.device() == B.device() &&
-      B.dim() == 2 && weight.size(1) == B.size(1) && takes(a, weight.size(0))) {
+      B.dim() == 2 && weight.size(1) == B.size(1) && takes(a, weight.size(0)) &&
+      !is_better_recorded(x, weight)) {
     return decode(a, &weight, at::Tensor(), weight.size(0));
   }
   static const auto triton = c10::Dispatcher::singleton()
