@@ -131,7 +131,9 @@ def test_sequence(dtype: torch.dtype, with_state: bool) -> None:
     assert torch.equal(ours[1], plain[1])
     assert not bool(ours[1][~mask].any())
     torch.testing.assert_close(ours[2], plain[2])
-    torch.testing.assert_close(ours[0][mask], plain[0][mask], rtol=2e-2, atol=2e-2)
+    # torch's own fp16 product takes a NaN from one token to others on some processors (seen on an Intel one with AMX)
+    sound = mask & ~torch.nn.functional.linear(dirty, weight, bias).isnan().any(-1)
+    torch.testing.assert_close(ours[0][sound], plain[0][sound], rtol=2e-2, atol=2e-2)
 
 
 def test_sequence_packed_equals_one_by_one() -> None:

@@ -156,7 +156,8 @@ def test_a_relative_threshold_is_a_share_of_the_key(base: nn.Module) -> None:
     tau = float((values[8] + values[9]) / 2)
     hook.set_delta(edits, tau, moments=(0.1, 0.2), relative=True)
     fire = share >= tau
-    torch.testing.assert_close(hook(x), base(x) + fire[..., None] * (x @ edits.dense().T))
+    expected = base(x) + fire[..., None] * (x @ edits.dense().T)
+    torch.testing.assert_close(hook(x), expected, rtol=1e-5, atol=1e-6 * float(expected.abs().max()))
     trace = hook.trace(x)
     assert torch.equal(trace.fire, fire)
     torch.testing.assert_close(trace.norm, share)
@@ -220,7 +221,7 @@ def test_large_ranks_are_decided_in_two_stages() -> None:
         hook.set_delta(edits, threshold)
     assert one.served.state.sketch is None
     assert two.served.state.sketch is not None
-    torch.testing.assert_close(one(x), two(x))
+    torch.testing.assert_close(one(x), two(x), rtol=1e-5, atol=1e-6 * float(one(x).abs().max()))
     again = HookLinear(base)
     again.set_delta(edits, threshold)
     assert torch.equal(again.served.state.sketch, two.served.state.sketch)  # type: ignore[arg-type]

@@ -160,8 +160,10 @@ def _cpu_name() -> str:
 
 
 def _commit() -> str | None:
-    """The checkout's commit, with + when files differ from it; for a copy without its history, what $COACHHOOK_COMMIT
-    says; None for an installed package."""
+    """What $COACHHOOK_COMMIT says, for a copy with another history; else the checkout's commit, with + when files
+    differ from it; None for an installed package."""
+    if said := os.environ.get("COACHHOOK_COMMIT"):
+        return said
     git = ["git", "-C", str(_ROOT)]
     try:
         head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
@@ -169,5 +171,5 @@ def _commit() -> str | None:
             [*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True, check=True
         )
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("COACHHOOK_COMMIT")
+        return None
     return head.stdout.strip() + ("+" if changed.stdout.strip() else "")

@@ -22,6 +22,8 @@ using Output = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 // Up to so many tokens the base's rows are streamed by our own kernel, with the delta in its shadow; above,
 // cuBLAS's product is the better one, and the delta's runs beside it on another stream.
 constexpr int64_t kOwnBaseTokens = 16;
+// Elements of a weight below which the base ends before a second stream has begun.
+constexpr int64_t kEnoughBeside = 1 << 22;
 // With a sketch, all of B is read as soon as one token is undecided: up to so many tokens that is the rarer
 // case.
 constexpr int64_t kSketchTokens = 16;
@@ -39,14 +41,11 @@ bool has_rows(const at::Tensor& t) {
   return t.dim() == 2 && t.stride(1) == 1 && t.stride(0) % 8 == 0 && t.size(1) % 8 == 0 && is_aligned(t);
 }
 
-// A base that ends before a second stream has begun.
-bool is_small(const at::Tensor& weight) { return weight.numel() < (1 << 22); }
-
 // While a CUDA graph is recorded, launches cost nothing: from so many tokens on Triton's kernels are the
 // better ones.
 bool is_better_recorded(const at::Tensor& x, const at::Tensor& weight) {
-  if (c10::cuda::currentStreamCaptureStatusMayInitCtx() == c10::cuda::CaptureStatus::None) return false;
-  return x.numel() / x.size(-1) > (is_small(weight) ? 2 * kOwnBaseTokens : kOwnBaseTokens);
+  return x.numel() > kOwnBaseTokens * weight.size(1) &&
+         c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None;
 }
 
 struct Arguments {
@@ -115,7 +114,7 @@ c10::cuda::CUDAStream side_of(const c10::cuda::CUDAStream& stream) {
 // x W^T + b while `work` runs on the current stream, which goes on when both are done.
 template <typename F>
 at::Tensor linear_beside(const Arguments& a, const at::Tensor& weight, const F& work) {
-  if (is_small(weight)) {
+  if (weight.numel() < kEnoughBeside) {
     work();
     return at::linear(a.x, weight, a.bias).contiguous();
   }
@@ -154,8 +153,7 @@ Output decode(const Arguments& a, const at::Tensor* weight, at::Tensor out, int6
   const at::Tensor before = a.state ? a.state->to(at::kFloat).contiguous() : at::Tensor();
   const at::Tensor fire = at::empty(a.x.sizes().slice(0, a.x.dim() - 1), x.options().dtype(at::kBool));
   const at::Tensor after = at::empty({sequence ? tokens : 0, 3}, x.options().dtype(at::kFloat));
-  const bool own_base =
-      weight != nullptr && has_rows(*weight) && (tokens <= kOwnBaseTokens || is_small(*weight));
+  const bool own_base = weight != nullptr && has_rows(*weight) && tokens <= kOwnBaseTokens;
 
   Decode call = {};
   call.bf16 = a.B.scalar_type() == at::kBFloat16;
