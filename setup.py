@@ -2,7 +2,8 @@
 
 The extension is optional: without a compiler, CMake or an importable torch the package still installs and
 runs on its reference path, and this script says why. ``COACHHOOK_REQUIRE_EXT=1`` makes that a failed build;
-``COACHHOOK_BUILD_TYPE`` is CMake's build type (Release). Build isolation hides torch, so use
+``COACHHOOK_BUILD_TYPE`` is CMake's build type (Release), ``COACHHOOK_CUDA`` whether csrc/cuda belongs to it (AUTO:
+where torch is a CUDA wheel and nvcc of its version is found; ON: or fail; OFF). Build isolation hides torch, so use
 ``pip install --no-build-isolation .`` to get the extension.
 """
 
@@ -74,6 +75,7 @@ class cmake_build_ext(build_ext):  # setuptools' command classes are lower case
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DCMAKE_PREFIX_PATH={pybind11.get_cmake_dir()}",
             f"-DCOACHHOOK_VERSION={self.distribution.get_version()}",
+            f"-DCOACHHOOK_CUDA={os.environ.get('COACHHOOK_CUDA', 'AUTO')}",
         ]
         if (ninja := shutil.which("ninja", path=search)) is not None:
             configure.append(f"-DCMAKE_MAKE_PROGRAM={ninja}")

@@ -161,8 +161,10 @@ __device__ float norm_of(const float* squares, int tiles, int lane) {
 }
 
 struct Workspace {
-  float *c, *squares, *rough,
-      *lengths;  // [tokens, r], [tokens, tiles of B], [tokens, tiles of the sketch], [tokens]
+  float* c;        // [tokens, r]
+  float* squares;  // [tokens, tiles of B]
+  float* rough;    // [tokens, tiles of the sketch]
+  float* lengths;  // [tokens]
 };
 
 __host__ __device__ inline Workspace parts_of(const Decode& a) {
@@ -324,8 +326,8 @@ __device__ void correct(const Decode& a, const Workspace& w, const int* listed, 
   }
   constexpr int kDeep = 4;  // loads in flight
   const int warp = threadIdx.x / kLanes, warps = blockDim.x / kLanes, lane = threadIdx.x % kLanes;
-  for (int i = warp; i < here * count;
-       i += warps) {  // the tokens of a row follow each other: U comes from the cache
+  // the tokens of a row follow each other: U comes from the cache
+  for (int i = warp; i < here * count; i += warps) {
     const int row = i / count, token = listed[i % count];
     const T* u = static_cast<const T*>(a.U) + (first + row) * a.u_row;
     const float* c = w.c + static_cast<int64_t>(token) * a.r;
@@ -405,7 +407,6 @@ template <typename T>
 __global__ void __launch_bounds__(kCorrectThreads) correct_kernel(const Decode a) {
   __shared__ float values[kDecodeTokens * kCorrectRows];
   __shared__ int listed[kDecodeTokens];
-  wait_for_previous();
   const Workspace w = parts_of(a);
   const int count = list_fired(a, w, listed);
   if (count == 0) return;
@@ -425,7 +426,9 @@ __global__ void __launch_bounds__(kCorrectThreads) correct_kernel(const Decode a
 }
 
 struct Grid {
-  int blocks, threads, shared_bytes, cluster;  // cluster: blocks of one
+  int blocks, threads, shared_bytes;
+  int cluster;        // blocks of one
+  bool early = true;  // it may start beside the kernel before it (and waits for that by itself)
 };
 
 template <typename... Arguments>
@@ -437,13 +440,18 @@ cudaError_t launch(void (*kernel)(Arguments...), const Grid& grid, const Device&
   config.dynamicSmemBytes = grid.shared_bytes;
   config.stream = device.stream;
   cudaLaunchAttribute attributes[2];
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim.x = grid.cluster;
-  attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
   config.attrs = attributes;
-  config.numAttrs = !device.is_hopper ? 0 : grid.cluster == 1 ? 1 : 2;
+  if (device.is_hopper && grid.early) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (grid.cluster > 1) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = grid.cluster;
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  }
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
@@ -513,7 +521,8 @@ cudaError_t launch_finish(const Decode& call, const Device& device) {
   if (call.weight != nullptr) {
     return with_types(call, [&](auto types) { return types.project(call, device); });
   }
-  const Grid grid = {(call.m + kCorrectRows - 1) / kCorrectRows, kCorrectThreads, 0, 1};
+  // not early: before it the stream waits for a base on another one
+  const Grid grid = {(call.m + kCorrectRows - 1) / kCorrectRows, kCorrectThreads, 0, 1, false};
   return call.bf16 ? launch(&correct_kernel<__nv_bfloat16>, grid, device, call)
                    : launch(&correct_kernel<__half>, grid, device, call);
 }
