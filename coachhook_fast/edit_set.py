@@ -145,9 +145,10 @@ class EditSet:
 
     def own_keys(self, position: int) -> Tensor:
         """K [d, N] of all edits made in edited layer number `position`, oldest first; ValueError where there are no
-        batches at all."""
+        batches at all, or the set was loaded for serving."""
         if not self.batches:
             raise ValueError("an edit set without batches has no keys")
+        self.check_updates()
         updates = [batch.layers[position] for batch in self.batches]
         device = self.deltas[position].device  # batches that were loaded lie on the CPU
         return torch.cat([update.keys[:, : update.residuals.shape[1]].to(device) for update in updates], dim=1)

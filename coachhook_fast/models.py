@@ -97,11 +97,13 @@ def checkpoint_fingerprint(name: str, config: Any) -> str | None:
     Returns:
         None where there are no safetensors files, they name the model's parameters in a way of their own, or
         transformers knows no causal language model of that config.
+
+    Raises:
+        ValueError: a file is no whole safetensors file; the message names it.
     """
-    from safetensors import safe_open
     from transformers import AutoModelForCausalLM
 
-    files = [safe_open(path, framework="pt") for path in sorted(_checkpoint_folder(name).glob("*.safetensors"))]
+    files = [_opened(path) for path in sorted(_checkpoint_folder(name).glob("*.safetensors"))]
     where = {key: file for file in files for key in file.keys()}  # noqa: SIM118
     if not where:
         return None
@@ -119,6 +121,15 @@ def checkpoint_fingerprint(name: str, config: Any) -> str | None:
     if not set(stored.values()) <= where.keys():
         return None
     return _digest(config.model_type, sorted(stored), lambda name: where[stored[name]].get_tensor(stored[name]))
+
+
+def _opened(path: Path) -> Any:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
 
 
 def _checkpoint_folder(name: str) -> Path:

@@ -139,6 +139,7 @@ at::Tensor rows_of(const at::Tensor& t) { return t.reshape({-1, t.size(-1)}); }
 
 void check_delta(const at::Tensor& x, const OptionalTensor& U, const at::Tensor& B) {
   TORCH_CHECK(B.dim() == 2, "B must be [r, d], got ", B.sizes());
+  TORCH_CHECK(at::isFloatingType(B.scalar_type()), "B must hold real numbers, got ", B.scalar_type());
   TORCH_CHECK(x.dim() >= 1 && x.size(-1) == B.size(1), "x must be [..., ", B.size(1), "] to match B, got ",
               x.sizes());
   TORCH_CHECK(!U || (U->dim() == 2 && U->size(1) == B.size(0)), "U must be [m, ", B.size(0),
@@ -162,8 +163,8 @@ std::tuple<at::Tensor, at::Tensor> run(at::Tensor& out, const at::Tensor& x, con
   check_delta(x, U, B);
   const int64_t m = U ? U->size(0) : B.size(0);
   check_out(out, x, m);
-  TORCH_CHECK(!sketch || (sketch->dim() == 2 && sketch->size(1) == B.size(1)), "sketch must be [s, ",
-              B.size(1), "] to match B, got ", sketch->sizes());
+  TORCH_CHECK(!sketch || (sketch->dim() == 2 && sketch->size(0) > 0 && sketch->size(1) == B.size(1)),
+              "sketch must be [s, ", B.size(1), "] to match B, with rows, got ", sketch->sizes());
   TORCH_CHECK(!sketch || sketch->scalar_type() == B.scalar_type(), "sketch and B must share a dtype, got ",
               sketch->scalar_type(), " and ", B.scalar_type());
   const auto tokens_shape = x.sizes().slice(0, x.dim() - 1);

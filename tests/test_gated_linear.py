@@ -49,6 +49,14 @@ def assert_as_good(ours: Tensor, plain: Tensor, exact: Tensor) -> None:
         assert error <= allowed, (float(error), float(allowed))
 
 
+def test_factors_that_decide_nothing_are_refused() -> None:
+    x, weight, bias, U, B = problem((4,), torch.float32)
+    with pytest.raises(RuntimeError, match="with rows"):  # under it every token would count as decided
+        ops.gated_linear(x, weight, bias, U, B, torch.tensor(1.0), B[:0])
+    with pytest.raises(RuntimeError, match="real numbers"):
+        ops.delta_norm(x, B.to(torch.complex64))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(), (1,), (7,), (40,), (0,), (3, 11), (2, 1, 5), (2, 300)])
 @pytest.mark.parametrize("dense", [False, True])

@@ -178,6 +178,12 @@ def saved(tmp_path: Path) -> Path:
     return tmp_path / "edits"
 
 
+def test_a_set_for_serving_says_that_it_lacks_the_updates(saved: Path) -> None:
+    served = store.load(saved, updates=False)
+    with pytest.raises(ValueError, match="loaded for serving"):
+        served.own_keys(0)
+
+
 def change(folder: Path, edit: Any) -> None:
     path = folder / MANIFEST
     manifest = json.loads(path.read_text())
@@ -304,6 +310,9 @@ def test_a_checkpoint_has_its_models_fingerprint(family: str, tmp_path: Path) ->
     assert checkpoint_fingerprint(str(tmp_path), model.config) not in (None, fingerprint(model))
     save_file({"another.name": torch.ones(3)}, path)
     assert checkpoint_fingerprint(str(tmp_path), model.config) is None
+    path.write_bytes(path.read_bytes()[:20])
+    with pytest.raises(ValueError, match=r"model\.safetensors is not a whole safetensors file"):
+        checkpoint_fingerprint(str(tmp_path), model.config)
     path.unlink()
     assert checkpoint_fingerprint(str(tmp_path), model.config) is None
     assert checkpoint_fingerprint("nobody/nothing", model.config) is None

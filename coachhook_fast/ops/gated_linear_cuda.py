@@ -72,8 +72,10 @@ def _check(
         raise ValueError(f"U must be [m, {B.shape[0]}] in {B.dtype}, got {list(U.shape)} in {U.dtype}")
     if weight is not None and weight.shape != (m, x.shape[-1]):
         raise ValueError(f"weight must be {[m, x.shape[-1]]}, got {list(weight.shape)}")
-    if sketch is not None and (sketch.shape[1:] != B.shape[1:] or sketch.dtype != B.dtype):
-        raise ValueError(f"sketch must be [s, {B.shape[1]}] in {B.dtype}, got {list(sketch.shape)} in {sketch.dtype}")
+    if sketch is not None and (sketch.shape[1:] != B.shape[1:] or len(sketch) == 0 or sketch.dtype != B.dtype):
+        raise ValueError(
+            f"sketch must be [s, {B.shape[1]}] in {B.dtype}, with rows, got {list(sketch.shape)} in {sketch.dtype}"
+        )
     if out is not None and out.shape != (*tokens, m):
         raise ValueError(f"out must be {[*tokens, m]}, got {list(out.shape)}")
     for name, flags in (("mask", mask), ("fire", fire)):

@@ -81,7 +81,8 @@ bool takes(const Arguments& a, int64_t m) {
   if (!has_rows(a.B) || !a.B.is_contiguous()) return false;
   if (a.U ? a.U->dim() != 2 || a.U->size(0) != m || a.U->size(1) != r : r != m) return false;
   if (a.bias && (a.bias->dim() != 1 || a.bias->size(0) != m || !a.bias->is_contiguous())) return false;
-  if (a.sketch && (!has_rows(*a.sketch) || !a.sketch->is_contiguous() || a.sketch->size(1) != d))
+  if (a.sketch && (!has_rows(*a.sketch) || a.sketch->size(0) == 0 || !a.sketch->is_contiguous() ||
+                   a.sketch->size(1) != d))
     return false;
   if (a.threshold.dim() != 0 || a.threshold.scalar_type() != at::kFloat || a.threshold.device() != device)
     return false;
