@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .delta_norm import tile_product
+from .delta_norm import cdiv, tile_product
 
 MAX_TOKENS = 64
 
@@ -223,7 +223,7 @@ def blocks(dtype: torch.dtype, tokens: int, *, lean: bool = False) -> dict[str, 
 
 def slices(tiles: int, d: int, block_d: int, processors: int) -> int:
     """`SPLIT`: two programs a multiprocessor, at most 8 slices, none under four blocks of d."""
-    return max(1, min(8, triton.cdiv(2 * processors, tiles), d // (4 * block_d)))
+    return max(1, min(8, cdiv(2 * processors, tiles), d // (4 * block_d)))
 
 
 def decode(
@@ -245,8 +245,8 @@ def decode(
     m, r, s = weight.shape[0], B.shape[0], 0 if sketch is None else sketch.shape[0]
     config = blocks(x.dtype, tokens, lean=sketch is not None and threshold.dim() > 0)
     block_t, block_n = config["BLOCK_T"], config["BLOCK_N"]
-    delta_tiles = triton.cdiv(r, block_n) + triton.cdiv(s, block_n)
-    tiles = delta_tiles + triton.cdiv(m, block_n)
+    delta_tiles = cdiv(r, block_n) + cdiv(s, block_n)
+    tiles = delta_tiles + cdiv(m, block_n)
     split = slices(tiles, d, config["BLOCK_D"], processors)
     out = torch.empty(tokens, m, dtype=x.dtype, device=x.device)
     fire = torch.empty(tokens, dtype=torch.bool, device=x.device)

@@ -10,6 +10,7 @@ input gives the same bits.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -131,16 +132,23 @@ def blocks(dtype: torch.dtype, tokens: int, r: int, capability: int) -> dict[str
     return {"BLOCK_T": size, "BLOCK_N": columns, "BLOCK_D": 64, "num_warps": warps, "num_stages": stages}
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up. triton.cdiv, which kernels can call too, takes the host ten times as long."""
+    return -(-a // b)
+
+
 def width(n: int) -> int:
     """A power of two that holds `n`, at least 16: the smallest side of a tensor core's tile."""
-    return max(16, triton.next_power_of_2(n))
+    return max(16, 1 << (n - 1).bit_length())
 
 
+@functools.cache
 def processors(device: torch.device) -> int:
     """Multiprocessors of a GPU; 1 elsewhere (the interpreter)."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
+@functools.cache
 def capability(device: torch.device) -> int:
     """90 for sm_90; 0 where there is no GPU."""
     major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
@@ -172,12 +180,12 @@ def project(
     """The delta's product."""
     (tokens, d), r = x.shape, p.shape[0]
     config = blocks(x.dtype, tokens, r, capability(x.device))
-    token_blocks, tiles = triton.cdiv(tokens, config["BLOCK_T"]), triton.cdiv(r, config["BLOCK_N"])
+    token_blocks, tiles = cdiv(tokens, config["BLOCK_T"]), cdiv(r, config["BLOCK_N"])
     # narrow tiles fit twice on a multiprocessor
     programs = processors(x.device) * (2 if config["BLOCK_N"] <= 64 else 1)
     split = slices(token_blocks * tiles, d, config["BLOCK_D"], programs)
     split = 1 << (split.bit_length() - 1)  # few values: each is a kernel to compile
-    c_row = triton.cdiv(r, 16) * 16
+    c_row = cdiv(r, 16) * 16
     values = torch.empty(split * tokens, c_row, dtype=torch.float32, device=x.device)
     counts = torch.empty(2, dtype=torch.int32, device=x.device)
     lengths = torch.empty(split, tokens, dtype=torch.float32, device=x.device) if want_length else None

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .delta_norm import Parts, processors, tile_product, width
+from .delta_norm import Parts, cdiv, processors, tile_product, width
 from .listed import slices_of
 
 TOGETHER = tl.constexpr(8)
@@ -296,7 +296,7 @@ def decide(
     makes_list = tau is not None and out is None
     listed = torch.empty(tokens if makes_list else 0, dtype=torch.int32, device=values.device)
     places = torch.empty_like(listed) if listing else listed
-    decide_kernel[(triton.cdiv(tokens, config["BLOCK_T"]),)](
+    decide_kernel[(cdiv(tokens, config["BLOCK_T"]),)](
         values,
         values if lengths is None else lengths,
         values if tau is None else tau,
@@ -365,7 +365,7 @@ def list_fired(fire: Tensor) -> tuple[Tensor, Tensor]:  # fire [tokens] bool -> 
     tokens = fire.shape[0]
     listed = torch.empty(tokens, dtype=torch.int32, device=fire.device)
     counts = torch.empty(2, dtype=torch.int32, device=fire.device)
-    grid = (triton.cdiv(tokens, 1024),)
+    grid = (cdiv(tokens, 1024),)
     list_kernel[grid](fire.view(torch.int8), listed, counts, tokens, BLOCK=1024, num_warps=4)
     return listed, counts
 
@@ -385,8 +385,8 @@ def correct(
     tokens, m = out.shape
     fp32 = a.dtype == torch.float32
     size = {"BLOCK_T": 32 if tokens > 1024 else 16, "BLOCK_N": 64, "BLOCK_D": 32 if fp32 else 64}
-    tiles = triton.cdiv(m, size["BLOCK_N"])
-    blocks = min(triton.cdiv(tokens, size["BLOCK_T"]), triton.cdiv(4 * processors(out.device), tiles))
+    tiles = cdiv(m, size["BLOCK_N"])
+    blocks = min(cdiv(tokens, size["BLOCK_T"]), cdiv(4 * processors(out.device), tiles))
     correct_kernel[(blocks, tiles)](
         out,
         src,

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .delta_norm import Parts, capability, processors, slices
+from .delta_norm import Parts, capability, cdiv, processors, slices
 
 
 @triton.jit
@@ -126,9 +126,9 @@ def project_listed(
     """``P k`` of the listed tokens; entry e belongs to token ``rows[e]``. At most half the activations' bytes more."""
     (tokens, d), r = x.shape, p.shape[0]
     config = blocks(x.dtype, capability(x.device))
-    tiles = triton.cdiv(r, config["BLOCK_N"])
+    tiles = cdiv(r, config["BLOCK_N"])
     split = slices(tiles, d, config["BLOCK_D"], processors(x.device))
-    c_row = triton.cdiv(r, 16) * 16
+    c_row = cdiv(r, 16) * 16
     capacity = max(tokens, 3 * config["UNIT"] * split)
     values = torch.empty(capacity, c_row, dtype=torch.float32, device=x.device)
     listed_kernel[(tiles * split,)](

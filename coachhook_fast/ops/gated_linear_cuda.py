@@ -198,9 +198,9 @@ def gated_linear(
     shape = (*x.shape[:-1], weight.shape[0])
     if one_each and decodes(x, weight, B):
         from coachhook_fast.kernels import decode as decode_kernels
+        from coachhook_fast.kernels.delta_norm import processors
 
         with _on(x):
-            processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
             out, fire, after = decode_kernels.decode(
                 _rows(x, B.dtype),
                 weight,
@@ -212,7 +212,7 @@ def gated_linear(
                 sequence=gate == "sequence",
                 mask=_flat(mask),
                 state=None if state is None else state.to(torch.float32).contiguous(),
-                processors=processors,
+                processors=processors(x.device),
             )
     else:
         with _on(x), base_beside(x.reshape(tokens, -1), weight, bias) as base:
