@@ -151,11 +151,17 @@ class PartialModel:
 
     def masks(self, inputs: dict[str, Tensor], hidden: Tensor, **options: Any) -> BlockMasks | None:
         """The attention masks that the model makes of `inputs` for its blocks, whose hidden states are like `hidden`
-        [N, T, m]; None where it hands its blocks none, or something else."""
+        [N, T, m]; None where it hands its blocks none, or something else, and for families that are not known, which
+        may read more from the tokens' mask (ALiBi's places)."""
+        if not self.layout.ffns(self.model):
+            return None
         last = len(self.blocks) - 1
         with taken_masks(self.blocks) as taken:
             self.run(inputs, resume=(last, hidden), until=last, **options)
-        usual = all(mask is None or (isinstance(mask, Tensor) and mask.dim() == 4) for mask in taken)
+        usual = all(
+            mask is None or (isinstance(mask, Tensor) and mask.dim() == 4 and len(mask) == len(hidden))
+            for mask in taken
+        )
         return tuple(taken) if usual and len(taken) == len(self.blocks) else None
 
     @contextmanager

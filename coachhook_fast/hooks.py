@@ -19,6 +19,7 @@ from coachhook_fast.states import HookState, RowStates
 from coachhook_fast.versions import Versions
 
 ATTRIBUTE = "coachhook"
+_TWIN = "_coachhook_twin"
 DEFAULT = "default"
 _BATCHING = "init_continuous_batching"
 
@@ -279,7 +280,14 @@ def twin(model: nn.Module) -> nn.Module:
     if hasattr(model, ATTRIBUTE):
         raise ValueError("model has hooks already: take its twin before installing any")
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    return copy.deepcopy(model, memo=dict(shared))
+    other = copy.deepcopy(model, memo=dict(shared))
+    setattr(other, _TWIN, True)
+    return other
+
+
+def is_twin(model: nn.Module) -> bool:
+    """Whether other threads may run a model of the same weights meanwhile."""
+    return hasattr(model, _TWIN)
 
 
 def checked_layers(model: nn.Module, layout: Layout, layers: Sequence[int]) -> tuple[int, ...]:

@@ -16,6 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from coachhook_fast.hooks import is_twin
 from coachhook_fast.tensor_parallel import is_tensor_parallel
 
 _log = logging.getLogger(__name__)
@@ -84,10 +85,11 @@ class Repeated:
         """The first call, on the stream that will be recorded."""
         stream = _stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            answer = self._work()
-        torch.cuda.current_stream().wait_stream(stream)
-        return answer
+        try:
+            with torch.cuda.stream(stream):
+                return self._work()
+        finally:  # after an error too: what the step still reads must not be given away
+            torch.cuda.current_stream().wait_stream(stream)
 
     def _record(self) -> None:
         """Records the step, which runs nothing; a warning where it cannot be recorded."""
@@ -115,8 +117,8 @@ class Repeated:
 def _recorded(work: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
     """`work` as a graph, and the tensor that a replay leaves its answer in. It is not run."""
     graph = torch.cuda.CUDAGraph()
-    # The outer one gives the caller's stream back where the end of a failed recording raises too. Other threads may
-    # serve the model meanwhile: their calls are no errors ("thread_local").
+    # The outer one gives the caller's stream back where the end of a failed recording raises too. Other threads' calls
+    # are no errors meanwhile ("thread_local"), but for samples from the GPU's default generator, which is recorded too.
     with (
         torch.cuda.stream(torch.cuda.current_stream()),
         torch.cuda.graph(graph, stream=_stream(), capture_error_mode="thread_local"),
@@ -147,4 +149,6 @@ def _refusal(model: nn.Module) -> str | None:
         return "accelerate moves its inputs"
     if is_tensor_parallel(model):
         return "ranks share its weights out"
+    if is_twin(model):
+        return "it is a twin: other threads may draw samples, which fails while the GPU's generator is recorded"
     return None

@@ -103,7 +103,8 @@ def optimise(
     rank, world = workers(partial.model)
     budget = budget or TokenBudget(config.max_batch_tokens, partial.device)
     recording = Recording(partial.model, wanted=graphs)
-    enough = _ENOUGH_TOKENS.get(partial.device.type, 128) // world
+    # groups are what ranks share, so several ranks want many
+    enough = _ENOUGH_TOKENS["cpu" if world > 1 or partial.device.type != "cuda" else "cuda"]
     waiting = _groups(clusters, batch, budget.tokens, enough, whole_rows)[rank::world]
     together = is_tensor_parallel(partial.model)  # all ranks are in one group, whatever the memory of one shows
     while waiting:

@@ -198,6 +198,16 @@ def test_strided_weight_and_inputs(way: str) -> None:
     check(way, wide[:, ::2], (conv1d, bias, U.T.contiguous().T, B), between(reference.delta_norm(x, B)))
 
 
+def test_a_strided_sketch_and_bias(way: str) -> None:
+    x, weight, bias, U, B = problem(6, 40, 130, 33, torch.bfloat16)
+    sketch = make_sketch(B, 1e-9, rows=24)
+    assert sketch is not None
+    norm = reference.delta_norm(x, B)
+    strided = torch.stack([bias, bias + 5], dim=1)[:, 0]
+    for other in (sketch.T.contiguous().T, torch.cat([sketch, sketch + 1], dim=1)[:, :130]):
+        check(way, x, (weight, strided, U, B), between(norm), other)
+
+
 def test_not_a_number_stays_with_its_token(way: str) -> None:
     x, weight, bias, U, B = problem(9, 37, 70, 9, torch.float32)
     threshold = between(reference.delta_norm(x, B))

@@ -12,6 +12,7 @@ from tiny import tiny_model
 from torch import nn
 
 from coachhook_fast import repeated
+from coachhook_fast.hooks import is_twin, twin
 from coachhook_fast.repeated import Recording, Repeated
 
 
@@ -130,3 +131,10 @@ def test_a_model_that_is_not_on_one_gpu_is_not_recorded() -> None:
     assert step() == [1.0]
     assert step.worth_shrinking(0.1, 1)
     assert not step.worth_shrinking(0.0, 1)
+
+
+def test_a_twin_is_known_by_it() -> None:
+    """Its editor records nothing: other threads may draw samples from the served model meanwhile."""
+    model = tiny_model("llama")
+    assert is_twin(twin(model))
+    assert not is_twin(model)

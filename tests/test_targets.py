@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from tiny import tiny_facts, tiny_model, tiny_tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from coachhook_fast import EditConfig, EditRequest
 from coachhook_fast.architectures import layout_of
@@ -93,6 +94,24 @@ def test_a_batch_equals_one_at_a_time(family: str) -> None:
     tolerance = 1e-9 if family in ("gpt2", "llama") else 1e-4  # the others compute their softmax in fp32
     for target, (value, _) in zip(found, wanted, strict=True):
         assert float((target.value - value).norm() / value.norm()) < tolerance
+
+
+def test_a_family_with_alibi_named_by_templates() -> None:
+    """Its positions come from the tokens' mask, so no mask may be made once for it."""
+    settings = {"hidden_size": 24, "n_layer": 4, "n_head": 4, "vocab_size": 320, "initializer_range": 0.3}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("bloom", **settings), dtype=torch.float32).eval()
+    names = {"layer_module_tmp": "transformer.h.{}", "rewrite_module_tmp": "transformer.h.{}.mlp.dense_4h_to_h"}
+    partial = PartialModel(model, layout_of(model, **names))
+    batch = [request.tokenise(tiny_tokenizer(), CONTEXTS) for request in requests_of(4)]
+    config = EditConfig(v_lr=0.1, v_num_grad_steps=5, v_loss_threshold=5.6, clamp_norm_factor=4.0)
+    with frozen(model):
+        v0 = bare_outputs(partial, 2, batch, pad_id=0, max_tokens=400)
+        found = optimise(partial, 2, batch, v0, config, pad_id=0, whole_rows=False)
+        for tokens, target in zip(batch, found, strict=True):
+            value, steps = one_at_a_time(model, partial.blocks[2], tokens, config)
+            assert target.steps == steps
+            assert float((target.value - value).norm() / value.norm()) < 1e-4
 
 
 @pytest.mark.parametrize("shrinks", [lambda share: False, lambda share: share > 0.4])

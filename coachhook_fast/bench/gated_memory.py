@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import statistics
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,6 +21,7 @@ EDITS = (100, 1000, 10_000)
 def peak_bytes(work: Callable[[], Any]) -> int:
     """The most that torch's CPU allocator (or the GPU's) held during `work`, above what it held before."""
     if torch.cuda.is_available():
+        gc.collect()  # or what was garbage before is given back meanwhile
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

@@ -200,15 +200,16 @@ def gated_linear(
         from coachhook_fast.kernels import decode as decode_kernels
         from coachhook_fast.kernels.delta_norm import processors
 
+        two_stage = tokens <= TWO_STAGE_DECODE_TOKENS
         with _on(x):
             out, fire, after = decode_kernels.decode(
                 _rows(x, B.dtype),
                 weight,
-                bias,
+                None if bias is None else bias.contiguous(),
                 U,
                 B.contiguous(),
                 _limits(x, threshold, gate),
-                sketch if gate != "sequence" and tokens <= TWO_STAGE_DECODE_TOKENS else None,
+                None if sketch is None or gate == "sequence" or not two_stage else sketch.contiguous(),
                 sequence=gate == "sequence",
                 mask=_flat(mask),
                 state=None if state is None else state.to(torch.float32).contiguous(),
