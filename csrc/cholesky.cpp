@@ -137,7 +137,11 @@ void restore_downdated(const Arguments& a, int64_t item, int64_t steps) {
   const SweepBuffers b = make_buffers(a, item, /*keys=*/true, /*rhs=*/false);
   const auto sweep = make_sweep(b);
   sweep->run([&] {
-    for (int64_t i = 0; i < steps; ++i) sweep->rotate(Mode::kUpdate, i);
+    for (int64_t i = 0; i < steps; ++i) {
+      TORCH_CHECK(
+          sweep->rotate(Mode::kUpdate, i), "factor ", item,
+          " is lost: an interrupted removal of keys could not be taken back; make it anew from its keys");
+    }
   });
 }
 
@@ -329,7 +333,10 @@ std::tuple<at::Tensor, at::Tensor> chol_solve(const at::Tensor& L, const at::Ten
     const at::Tensor Y = columns(b, b.rhs);
     const at::Tensor gram = at::mm(Y.t(), Y);
     s_flat.select(0, item).copy_(at::diagonal(gram));
-    const at::Tensor S = at::linalg_cholesky(at::eye(a.n, gram.options()).add_(gram));
+    const auto [S, info] = at::linalg_cholesky_ex(at::eye(a.n, gram.options()).add_(gram));
+    TORCH_CHECK_VALUE(info.item<int64_t>() == 0, "I + K^T C^-1 K of factor ", item,
+                      " is not positive definite in ", a.L.scalar_type(),
+                      ": its keys are too strong, or too much alike, for its digits");
     Y.copy_(at::cholesky_solve(Y.t(), S).t());
     backward(*sweep, Panel::count(a.d));
     X_flat.select(0, item).copy_(Y);

@@ -6,6 +6,7 @@
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAStream.h>
 
+#include "cuda/image.h"
 #include "cuda/small_cholesky.h"
 #endif
 
@@ -18,7 +19,7 @@ struct Inverses {
 
 #ifdef COACHHOOK_CUDA
 bool fits_kernel(const at::Tensor& matrices) {
-  return matrices.is_cuda() && matrices.size(-1) <= kSmallMatrix;
+  return matrices.is_cuda() && matrices.size(-1) <= kSmallMatrix && compiled_for() >= 80;
 }
 
 Inverses launch(const at::Tensor& matrices, bool factored) {

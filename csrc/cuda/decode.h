@@ -44,7 +44,7 @@ int64_t decode_workspace(const Decode& call);
 
 struct Device {
   int processors;
-  bool is_hopper;  // or later: programmatic dependent launch, clusters
+  bool is_hopper;  // code for it, or later: programmatic dependent launch, clusters
   cudaStream_t stream;
 };
 

@@ -13,6 +13,7 @@
 #include <unordered_map>
 
 #include "decode.h"
+#include "image.h"
 
 namespace coachhook {
 namespace {
@@ -97,7 +98,8 @@ bool takes(const Arguments& a, int64_t m) {
   } else if (a.gate != "calibrated" && a.gate != "relative") {
     return false;
   }
-  return attribute(cudaDevAttrComputeCapabilityMajor, device.index()) >= 8;
+  const c10::cuda::CUDAGuard guard(device);
+  return compiled_for() >= 80;
 }
 
 // The side stream of a stream: first in line for multiprocessors. One each, since cuBLAS keeps a workspace
@@ -136,7 +138,12 @@ at::Tensor linear_beside(const Arguments& a, const at::Tensor& weight, const F& 
     }
     end.record(side);
   }
-  work();
+  try {
+    work();
+  } catch (...) {  // what the side stream still writes must not be given away
+    end.block(current);
+    throw;
+  }
   end.block(current);
   std::vector<int64_t> shape = a.x.sizes().vec();
   shape.back() = weight.size(0);
@@ -185,8 +192,7 @@ Output decode(const Arguments& a, const at::Tensor* weight, at::Tensor out, int6
   call.workspace = workspace.mutable_data_ptr<float>();
 
   const c10::DeviceIndex index = x.device().index();
-  const Device device = {attribute(cudaDevAttrMultiProcessorCount, index),
-                         attribute(cudaDevAttrComputeCapabilityMajor, index) >= 9,
+  const Device device = {attribute(cudaDevAttrMultiProcessorCount, index), compiled_for() >= 90,
                          c10::cuda::getCurrentCUDAStream()};
   const auto delta = [&] { C10_CUDA_CHECK(launch_delta(call, device)); };
   if (own_base) {
