@@ -39,6 +39,7 @@ void chol_downdate(at::Tensor& L, const at::Tensor& K);
 // restored.
 using InterruptCheck = std::exception_ptr (*)();
 void set_interrupt_check(InterruptCheck check);
+void stop_if_interrupted();
 
 // Run the ATen sweep on CPU tensors too (tests of the path that other devices take).
 void set_portable(bool portable);

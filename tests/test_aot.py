@@ -90,7 +90,7 @@ def cases() -> list[dict[str, Any]]:
         add("decode.decode_kernel", dtype, "w_col u_col", **flags, **config)
     for packed in (True, False):
         flags = {"HAS_MASK": True, "PACKED": packed, "HAS_STATE": True}
-        add("gate.sequence_kernel", "fp32", "", BLOCK=1024, num_warps=4, **flags)
+        add("sequence.sequence_kernel", "fp32", "", BLOCK=1024, num_warps=4, **flags)
     add("gate.list_kernel", "fp32", "", BLOCK=1024, num_warps=4)
     return entries
 

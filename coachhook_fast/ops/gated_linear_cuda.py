@@ -132,13 +132,14 @@ def _correct_sequence(
     parts: Parts,
 ) -> tuple[Tensor, Tensor]:  # fire [tokens], state [S, 3]
     from coachhook_fast.kernels import gate as gate_kernels
+    from coachhook_fast.kernels import sequence as sequence_kernels
 
     norm = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
     gate_kernels.decide(parts, x.shape[0], norm=norm, keep=U is not None)
     if cu_seqlens is None:
         norm = norm.view(sequence_rows(shape, mask, state), -1)
     state = None if state is None else state.to(torch.float32).contiguous()
-    fire, _, after = gate_kernels.sequence(norm, alpha, _flat(mask), cu_seqlens, state)
+    fire, _, after = sequence_kernels.sequence(norm, alpha, _flat(mask), cu_seqlens, state)
     fire = fire.view(-1)
     listed, counts = gate_kernels.list_fired(fire)
     src, a = (x, B) if U is None else (parts.values, U)
@@ -271,12 +272,12 @@ def sequence_gate(
     """``ops.sequence_gate``."""
     if norm.numel() == 0 or norm.dtype == torch.float64:
         return reference.sequence_gate(norm, alpha, mask, cu_seqlens, state)
-    from coachhook_fast.kernels import gate as gate_kernels
+    from coachhook_fast.kernels import sequence as sequence_kernels
 
     with _on(norm):
         values = norm.to(torch.float32).contiguous()
         state = None if state is None else state.to(torch.float32).contiguous()
-        return gate_kernels.sequence(values, alpha, _flat(mask), cu_seqlens, state)
+        return sequence_kernels.sequence(values, alpha, _flat(mask), cu_seqlens, state)
 
 
 def correct(out: Tensor, x: Tensor, U: Tensor | None, B: Tensor, fire: Tensor) -> Tensor:

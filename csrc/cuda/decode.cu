@@ -13,180 +13,17 @@
 // blocks (sm_90 on) shares out d, and adds through its shared memory. Sums are added in a fixed order: the
 // same input gives the same bits.
 #include <cooperative_groups.h>
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 
 #include <algorithm>
-#include <cfloat>
 
+#include "decide.cuh"
 #include "decode.h"
+#include "tile_product.cuh"
 
 namespace coachhook {
 namespace {
 
-constexpr int kLanes = 32;
-constexpr int kStep = 32;  // columns that a warp takes at a time
-
-// Warps of a block for NT times 8 tokens: products of 16 would not fit the 48 KB of shared memory at 64
-// tokens.
-template <int NT>
-constexpr int kWarps = NT == 8 ? 8 : 16;
 constexpr int kColumns = 2048;  // of d, a block of a cluster
-
-__device__ void let_next_start() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
-
-__device__ void wait_for_previous() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-__device__ uint4 load_once(const void* p) {  // of a matrix that nothing reads again
-  uint4 v;
-  asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-      : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-      : "l"(p));
-  return v;
-}
-
-template <typename T>
-__device__ void multiply(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
-                         uint32_t b1) {
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-  } else {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-  }
-}
-
-__device__ float warp_sum(float v) {
-  for (int offset = kLanes / 2; offset > 0; offset /= 2) v += __shfl_xor_sync(~0u, v, offset);
-  return v;
-}
-
-__device__ float number(__nv_bfloat16 v) { return __bfloat162float(v); }
-__device__ float number(__half v) { return __half2float(v); }
-__device__ void round_to(__nv_bfloat16* p, float v) { *p = __float2bfloat16(v); }
-__device__ void round_to(__half* p, float v) { *p = __float2half(v); }
-
-// Shared memory of a block: products of each warp [warps, 8 * NT, 16 + 1], then their sums [8 * NT, 16].
-constexpr int kStride = kTileRows + 1;
-
-template <int NT>
-__host__ __device__ constexpr int shared_floats(int warps) {
-  return warps * 8 * NT * kStride + 8 * NT * kTileRows;
-}
-
-// sums[token][row] = w[row] . x[token] over columns begin .. end, for `rows` <= 16 rows of w and all tokens;
-// the block's warps share out the columns.
-template <typename T, int NT>
-__device__ void tile_product(const T* w, int64_t w_row, int rows, const T* x, int64_t x_row, int tokens,
-                             int begin, int end, float* parts, float* sums) {
-  constexpr int kDeep = NT <= 2 ? 4 : 2;  // loads in flight
-  const int warp = threadIdx.x / kLanes, warps = blockDim.x / kLanes, lane = threadIdx.x % kLanes;
-  const int group = lane / 4, quad = lane % 4;
-  // rows and tokens that are not there repeat the last one: what they give is not looked at
-  const T* upper = w + static_cast<int64_t>(min(group, rows - 1)) * w_row + 8 * quad;
-  const T* lower = w + static_cast<int64_t>(min(group + 8, rows - 1)) * w_row + 8 * quad;
-  const T* token[NT];
-#pragma unroll
-  for (int n = 0; n < NT; ++n)
-    token[n] = x + static_cast<int64_t>(min(8 * n + group, tokens - 1)) * x_row + 8 * quad;
-
-  const int first = begin + warp * kStep, stride = warps * kStep;
-  const auto load = [&](const T* p, int k) {
-    return k + 8 * quad < end ? load_once(p + k) : make_uint4(0, 0, 0, 0);
-  };
-  float acc[NT][4] = {};
-  uint4 a[kDeep], b[kDeep];
-#pragma unroll
-  for (int i = 0; i < kDeep; ++i) {
-    a[i] = load(upper, first + i * stride);
-    b[i] = load(lower, first + i * stride);
-  }
-  for (int k = first; k < end; k += kDeep * stride) {
-#pragma unroll
-    for (int i = 0; i < kDeep; ++i) {
-      const int at = k + i * stride;
-      const bool inside = at + 8 * quad < end;
-      uint4 v[NT];
-#pragma unroll
-      for (int n = 0; n < NT; ++n) {
-        v[n] = inside ? __ldg(reinterpret_cast<const uint4*>(token[n] + at)) : make_uint4(0, 0, 0, 0);
-      }
-      const uint4 up = a[i], low = b[i];
-      a[i] = load(upper, at + kDeep * stride);
-      b[i] = load(lower, at + kDeep * stride);
-#pragma unroll
-      for (int n = 0; n < NT; ++n) {
-        multiply<T>(acc[n], up.x, low.x, up.y, low.y, v[n].x, v[n].y);
-        multiply<T>(acc[n], up.z, low.z, up.w, low.w, v[n].z, v[n].w);
-      }
-    }
-  }
-
-#pragma unroll
-  for (int n = 0; n < NT; ++n) {
-    float* column = parts + (warp * 8 * NT + 8 * n + 2 * quad) * kStride + group;
-    column[0] = acc[n][0];
-    column[kStride] = acc[n][1];
-    column[8] = acc[n][2];
-    column[kStride + 8] = acc[n][3];
-  }
-  __syncthreads();
-  for (int i = threadIdx.x; i < tokens * kTileRows; i += blockDim.x) {
-    const int t = i / kTileRows, row = i % kTileRows;
-    float total = 0;
-    for (int other = 0; other < warps; ++other) total += parts[(other * 8 * NT + t) * kStride + row];
-    sums[i] = total;
-  }
-  __syncthreads();
-}
-
-// Norms of one token, by one warp, from its tiles' sums of squares.
-__device__ float norm_of(const float* squares, int tiles, int lane) {
-  float total = 0;
-  for (int tile = lane; tile < tiles; tile += kLanes) total += __ldcg(squares + tile);
-  return sqrtf(warp_sum(total));
-}
-
-struct Workspace {
-  float* c;        // [tokens, r]
-  float* squares;  // [tokens, tiles of B]
-  float* rough;    // [tokens, tiles of the sketch]
-  float* lengths;  // [tokens]
-};
-
-__host__ __device__ inline Workspace parts_of(const Decode& a) {
-  Workspace w;
-  w.c = a.workspace;
-  w.squares = w.c + static_cast<int64_t>(a.tokens) * a.r;
-  w.rough = w.squares + a.tokens * ((a.r + kTileRows - 1) / kTileRows);
-  w.lengths = w.rough + a.tokens * ((a.s + kTileRows - 1) / kTileRows);
-  return w;
-}
-
-__device__ float limit_of(const Decode& a, const Workspace& w, int token) {
-  const float threshold = *a.threshold;
-  return a.relative ? fmaxf(threshold * __ldcg(w.lengths + token), FLT_MIN) : threshold;
-}
-
-// Whether the sketch leaves the token open: NaN does.
-__device__ bool is_open(const Decode& a, const Workspace& w, int token, int lane) {
-  const int tiles = (a.s + kTileRows - 1) / kTileRows;
-  const float rough = norm_of(w.rough + token * tiles, tiles, lane);
-  return !(rough < limit_of(a, w, token));
-}
 
 enum class Stage { kOnly, kSketch, kExact };
 
@@ -281,94 +118,6 @@ __global__ void __launch_bounds__(kWarps<NT>* kLanes, 1)
   }
 }
 
-// One token's decision, by one warp; the first block writes it down, and the state after it.
-__device__ bool decide(const Decode& a, const Workspace& w, int token, int lane) {
-  bool valid = a.mask == nullptr || a.mask[token];
-  const int tiles = (a.r + kTileRows - 1) / kTileRows;
-  bool fire = false;
-  if (a.sequence) {
-    const float norm = norm_of(w.squares + token * tiles, tiles, lane);
-    float count = 0, mean = 0, m2 = 0;
-    if (a.before != nullptr) {
-      count = a.before[3 * token];
-      mean = a.before[3 * token + 1];
-      m2 = a.before[3 * token + 2];
-    }
-    if (valid) {
-      const float shift = norm - mean;
-      m2 += shift * shift * count / (count + 1);
-      mean += shift / (count + 1);
-      count += 1;
-      fire = count >= 2 && (norm - mean) / sqrtf(m2 / (count - 1)) >= *a.threshold;
-    }
-    if (blockIdx.x == 0 && lane == 0) {
-      a.after[3 * token] = count;
-      a.after[3 * token + 1] = mean;
-      a.after[3 * token + 2] = m2;
-    }
-  } else if (valid && (a.sketch == nullptr || is_open(a, w, token, lane))) {
-    fire = norm_of(w.squares + token * tiles, tiles, lane) >= limit_of(a, w, token);
-  }
-  if (blockIdx.x == 0 && lane == 0) a.fire[token] = fire;
-  return fire;
-}
-
-// Adds U c of the listed tokens to values[token][row], rows `first` .. first + here; a warp a row and token.
-template <typename T>
-__device__ void correct(const Decode& a, const Workspace& w, const int* listed, int count, int first,
-                        int here, float* values, int value_stride) {
-  if (a.U == nullptr) {
-    for (int i = threadIdx.x; i < count * here; i += blockDim.x) {
-      const int token = listed[i / here], row = i % here;
-      values[token * value_stride + row] += __ldcg(w.c + static_cast<int64_t>(token) * a.r + first + row);
-    }
-    return;
-  }
-  constexpr int kDeep = 4;  // loads in flight
-  const int warp = threadIdx.x / kLanes, warps = blockDim.x / kLanes, lane = threadIdx.x % kLanes;
-  // the tokens of a row follow each other: U comes from the cache
-  for (int i = warp; i < here * count; i += warps) {
-    const int row = i / count, token = listed[i % count];
-    const T* u = static_cast<const T*>(a.U) + (first + row) * a.u_row;
-    const float* c = w.c + static_cast<int64_t>(token) * a.r;
-    float total = 0;
-    for (int start = lane; start < a.r; start += kDeep * kLanes) {
-      float factor[kDeep], coordinate[kDeep];
-#pragma unroll
-      for (int j = 0; j < kDeep; ++j) {
-        const int at = start + j * kLanes;
-        factor[j] = at < a.r ? number(u[at * a.u_col]) : 0;
-        coordinate[j] = at < a.r ? __ldcg(c + at) : 0;
-      }
-#pragma unroll
-      for (int j = 0; j < kDeep; ++j) total += factor[j] * coordinate[j];
-    }
-    total = warp_sum(total);
-    if (lane == 0) values[token * value_stride + row] += total;
-  }
-}
-
-// The tokens that fire, in order; returns how many. All threads of the block get the same answer.
-__device__ int list_fired(const Decode& a, const Workspace& w, int* listed) {
-  __shared__ bool fired[kDecodeTokens];
-  const int warp = threadIdx.x / kLanes, warps = blockDim.x / kLanes, lane = threadIdx.x % kLanes;
-  for (int token = warp; token < a.tokens; token += warps) {
-    const bool fire = decide(a, w, token, lane);
-    if (lane == 0) fired[token] = fire;
-  }
-  __syncthreads();
-  int count = 0;
-  for (int start = 0; start < a.tokens; start += kLanes) {  // every warp lists; they write the same
-    const int token = start + lane;
-    const bool fire = token < a.tokens && fired[token];
-    const unsigned votes = __ballot_sync(~0u, fire);
-    if (fire) listed[count + __popc(votes & ((1u << lane) - 1))] = token;
-    count += __popc(votes);
-  }
-  __syncthreads();
-  return count;
-}
-
 // A tile of the base, decision and correction.
 template <typename T, int NT>
 __global__ void __launch_bounds__(kWarps<NT>* kLanes, 1) project_kernel(const Decode a) {
@@ -407,6 +156,7 @@ template <typename T>
 __global__ void __launch_bounds__(kCorrectThreads) correct_kernel(const Decode a) {
   __shared__ float values[kDecodeTokens * kCorrectRows];
   __shared__ int listed[kDecodeTokens];
+  wait_for_previous();
   const Workspace w = parts_of(a);
   const int count = list_fired(a, w, listed);
   if (count == 0) return;
@@ -487,7 +237,9 @@ struct Launches {
                   slices);
   }
 
-  static cudaError_t project(const Decode& call, const Device& device) {
+  static cudaError_t project(const Decode& call, const Device& device)
+    requires(8 * NT <= kOwnBaseTokens)
+  {
     const int tiles = tiles_of(call.m);
     // a block a tile: where they are fewer than two a multiprocessor, more warps keep as many bytes in flight
     const int warps = tiles >= 3 * device.processors / 2 ? 8 : kWarps<NT>;
@@ -519,7 +271,10 @@ cudaError_t launch_delta(const Decode& call, const Device& device) {
 
 cudaError_t launch_finish(const Decode& call, const Device& device) {
   if (call.weight != nullptr) {
-    return with_types(call, [&](auto types) { return types.project(call, device); });
+    return with_types(call, [&](auto types) {
+      if constexpr (requires { types.project(call, device); }) return types.project(call, device);
+      return cudaErrorInvalidValue;
+    });
   }
   // not early: before it the stream waits for a base on another one
   const Grid grid = {(call.m + kCorrectRows - 1) / kCorrectRows, kCorrectThreads, 0, 1, false};

@@ -8,7 +8,10 @@
 namespace coachhook {
 
 constexpr int kDecodeTokens = 64;  // the most that one call takes
-constexpr int kTileRows = 16;      // rows of W0 or B a tile: the matrix instruction's
+// The most with a base of our own, whose rows are streamed with the delta in their shadow; above, cuBLAS's is
+// better.
+constexpr int kOwnBaseTokens = 16;
+constexpr int kTileRows = 16;  // rows of W0 or B a tile: the matrix instruction's
 
 inline int tiles_of(int rows) { return (rows + kTileRows - 1) / kTileRows; }
 

@@ -20,9 +20,6 @@ namespace {
 
 using Output = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
-// Up to so many tokens the base's rows are streamed by our own kernel, with the delta in its shadow; above,
-// cuBLAS's product is the better one, and the delta's runs beside it on another stream.
-constexpr int64_t kOwnBaseTokens = 16;
 // Elements of a weight below which the base ends before a second stream has begun.
 constexpr int64_t kEnoughBeside = 1 << 22;
 // With a sketch, all of B is read as soon as one token is undecided: up to so many tokens that is the rarer

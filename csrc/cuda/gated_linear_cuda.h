@@ -6,14 +6,7 @@
 
 namespace coachhook {
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> gated_delta_cuda(
-    const at::Tensor& out, const at::Tensor& x, const OptionalTensor& U, const at::Tensor& B,
-    const at::Tensor& threshold, const OptionalTensor& sketch, std::string_view gate,
-    const OptionalTensor& mask, const OptionalTensor& cu_seqlens, const OptionalTensor& state);
-
-std::tuple<at::Tensor, at::Tensor, at::Tensor> gated_linear_cuda(
-    const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, const OptionalTensor& U,
-    const at::Tensor& B, const at::Tensor& threshold, const OptionalTensor& sketch, std::string_view gate,
-    const OptionalTensor& mask, const OptionalTensor& cu_seqlens, const OptionalTensor& state);
+decltype(gated_delta) gated_delta_cuda;
+decltype(gated_linear) gated_linear_cuda;
 
 }  // namespace coachhook
