@@ -59,6 +59,8 @@ def main() -> int:
     unknown = [name for name in arguments.sections if name not in SECTIONS]
     if unknown:
         parser.error(f"unknown section {', '.join(unknown)}")
+    if not 0 < arguments.seconds < float("inf"):
+        parser.error(f"--seconds must be a positive number, got {arguments.seconds}")
     import torch
 
     if not torch.cuda.is_available():

@@ -25,6 +25,16 @@ def script() -> Any:
     return module
 
 
+@pytest.mark.parametrize("wrong", [["--seconds", "-5"], ["--seconds", "nan"], ["nothing"]])
+def test_arguments_that_mean_nothing_are_refused(
+    script: Any, monkeypatch: pytest.MonkeyPatch, wrong: list[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["gpu_check.py", *wrong])
+    with pytest.raises(SystemExit) as ended:
+        script.main()
+    assert ended.value.code == 2
+
+
 def row(**fields: Any) -> dict[str, Any]:
     base = {"work": "w", "baseline": "b", "seconds": 1.0, "baseline_seconds": 2.0, "ratio": 2.0, "floor_ratio": 3.0}
     return {**base, "checked": True, "dtype": "bfloat16", "shape": "gpt-j 4096x16384", "timing": "graph", **fields}
