@@ -2,6 +2,7 @@
 // coachhook_fast/ops/*.py, in one place that works without a compiler) and the pybind11 module
 // `coachhook_fast._C` with what Python must know of the build.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 #include <torch/library.h>
 
 #include <exception>
@@ -10,6 +11,7 @@
 #include "cholesky.h"
 #ifdef COACHHOOK_CUDA
 #include "cuda/gated_linear_cuda.h"
+#include "cuda/replay.h"
 #endif
 #include "gated_linear.h"
 #include "micro_gemm.h"
@@ -82,4 +84,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_portable", &coachhook::set_portable,
         "run the solver's device-generic path on CPU tensors too (tests)");
   m.def("build_info", &build_info, "version, torch, compiler and OpenMP of this build");
+#ifdef COACHHOOK_CUDA
+  m.def("awaits_launches", &coachhook::awaits_launches,
+        "whether this thread's call of an operator is the first of its kind");
+  m.def("keep_launches", &coachhook::keep_launches, "what that call has launched, for those that follow");
+#endif
 }

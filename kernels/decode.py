@@ -20,7 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .delta_norm import cdiv, tile_product
+from .delta_norm import tile_product
+from .machine import cdiv
 
 MAX_TOKENS = 64
 

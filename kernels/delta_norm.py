@@ -10,13 +10,15 @@ input gives the same bits.
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .launches import after_previous, launch, scratch
+from .machine import capability, cdiv, processors, width
 
 
 @triton.jit
@@ -36,14 +38,18 @@ def tile_product(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     CAST_X: tl.constexpr,  # x comes in another dtype than w (the fp32 c of a 16-bit U)
+    STEP: tl.constexpr = 1,  # blocks of d from one to the next that is this product's
+    TOP: tl.constexpr = 0,
 ):
-    """fp32 ``[BLOCK_T, BLOCK_N]`` of ``x[rows, begin:end] w[cols, begin:end]^T``."""
+    """fp32 ``[BLOCK_T, BLOCK_N]`` of ``x[rows, D] w[cols, D]^T``, D every `STEP`-th block of ``begin:end``."""
     inner = tl.arange(0, BLOCK_D)
     x_rows = x + rows.to(tl.int64)[:, None] * x_row
     w_rows = w + cols.to(tl.int64)[None, :] * w_row
     acc = tl.zeros((BLOCK_T, BLOCK_N), dtype=tl.float32)
-    for start in range(begin, end, BLOCK_D):
+    for start in range(begin, end, STEP * BLOCK_D):
         at = start + inner
+        if TOP:
+            at = (tl.cdiv(end, BLOCK_D) - 1) * BLOCK_D - start + inner
         ok = at < end
         a = tl.load(x_rows + at[None, :], mask=row_ok[:, None] & ok[None, :], other=0.0)
         b = tl.load(w_rows + at.to(tl.int64)[:, None] * w_col, mask=ok[:, None] & col_ok[None, :], other=0.0)
@@ -54,12 +60,17 @@ def tile_product(
 
 
 @triton.jit
-def tile_length(x, rows, row_ok, x_row, begin, end, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
-    """``[BLOCK_T]`` of ``||x[rows, begin:end]||^2``."""
+def tile_length(
+    x, rows, row_ok, x_row, begin, end,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, STEP: tl.constexpr, TOP: tl.constexpr,
+):  # fmt: skip
+    """``[BLOCK_T]`` of ``||x[rows, D]||^2``, D as in `tile_product`."""
     x_rows = x + rows.to(tl.int64)[:, None] * x_row
     square = tl.zeros((BLOCK_T, BLOCK_D), dtype=tl.float32)
-    for start in tl.range(begin, end, BLOCK_D, num_stages=3):
+    for start in tl.range(begin, end, STEP * BLOCK_D, num_stages=3):
         at = start + tl.arange(0, BLOCK_D)
+        if TOP:
+            at = (tl.cdiv(end, BLOCK_D) - 1) * BLOCK_D - start + tl.arange(0, BLOCK_D)
         a = tl.load(x_rows + at[None, :], mask=row_ok[:, None] & (at < end)[None, :], other=0.0).to(tl.float32)
         square += a * a
     return tl.sum(square, axis=1)
@@ -85,7 +96,10 @@ def project_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     GROUP: tl.constexpr,  # token blocks that share a tile of P while it is in L2
+    ORDER: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    after_previous(EARLY)
     pid = tl.program_id(0)
     if pid == 0:
         tl.store(counts, 0)
@@ -100,22 +114,28 @@ def project_kernel(
     unit = pid % (GROUP * units) // group
     token = block * BLOCK_T + tl.arange(0, BLOCK_T)
     row_ok = token < tokens
-    size = tl.cdiv(tl.cdiv(d, BLOCK_D), SPLIT) * BLOCK_D
-    begin = unit % SPLIT * size
-    end = min(begin + size, d)
+    STEP: tl.constexpr = SPLIT if ORDER > 0 else 1
+    TOP: tl.constexpr = 1 if ORDER > 1 else 0
+    if ORDER == 0:
+        size = tl.cdiv(tl.cdiv(d, BLOCK_D), SPLIT) * BLOCK_D
+        begin = unit % SPLIT * size
+        end = min(begin + size, d)
+    else:
+        begin = unit % SPLIT * BLOCK_D
+        end = d
     place = (unit % SPLIT * tokens + token).to(tl.int64)
 
     if HAS_LENGTH:
         # Programs of their own, at the same time as the product's: they find x in L2. (Squares of the product's own
         # tile would be cheaper, but Triton 3.6 then overwrites it in shared memory while wgmma still reads it.)
         if unit < SPLIT:
-            square = tile_length(x, token, row_ok, x_row, begin, end, BLOCK_T, BLOCK_D)
+            square = tile_length(x, token, row_ok, x_row, begin, end, BLOCK_T, BLOCK_D, STEP, TOP)
             tl.store(lengths + place, square, mask=row_ok)
             return
         unit -= SPLIT
     cols = unit // SPLIT * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tile_product(
-        x, token, row_ok, x_row, p, cols, cols < r, p_row, p_col, begin, end, BLOCK_T, BLOCK_N, BLOCK_D, False
+        x, token, row_ok, x_row, p, cols, cols < r, p_row, p_col, begin, end, BLOCK_T, BLOCK_N, BLOCK_D, False, STEP, TOP
     )
     tl.store(c + place[:, None] * c_row + cols[None, :], acc, mask=row_ok[:, None] & (cols < c_row)[None, :])
 
@@ -130,29 +150,6 @@ def blocks(dtype: torch.dtype, tokens: int, r: int, capability: int) -> dict[str
     warps = 8 if size * columns > 64 * (128 if capability >= 90 else 64) else 4
     stages = 4 if capability == 90 else 3
     return {"BLOCK_T": size, "BLOCK_N": columns, "BLOCK_D": 64, "num_warps": warps, "num_stages": stages}
-
-
-def cdiv(a: int, b: int) -> int:
-    """a / b rounded up. triton.cdiv, which kernels can call too, takes the host ten times as long."""
-    return -(-a // b)
-
-
-def width(n: int) -> int:
-    """A power of two that holds `n`, at least 16: the smallest side of a tensor core's tile."""
-    return max(16, 1 << (n - 1).bit_length())
-
-
-@functools.cache
-def processors(device: torch.device) -> int:
-    """Multiprocessors of a GPU; 1 elsewhere (the interpreter)."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-@functools.cache
-def capability(device: torch.device) -> int:
-    """90 for sm_90; 0 where there is no GPU."""
-    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
-    return 10 * major + minor
 
 
 def slices(tiles: int, d: int, block_d: int, programs: int) -> int:
@@ -171,6 +168,9 @@ class Parts(NamedTuple):
     block: int = 1  # listed tokens that are measured together
 
 
+ORDER = int(__import__("os").environ.get("ORDER", "0"))
+
+
 def project(
     x: Tensor,  # [tokens, d], columns contiguous
     p: Tensor,  # [r, d]
@@ -186,10 +186,12 @@ def project(
     split = slices(token_blocks * tiles, d, config["BLOCK_D"], programs)
     split = 1 << (split.bit_length() - 1)  # few values: each is a kernel to compile
     c_row = cdiv(r, 16) * 16
-    values = torch.empty(split * tokens, c_row, dtype=torch.float32, device=x.device)
-    counts = torch.empty(2, dtype=torch.int32, device=x.device)
-    lengths = torch.empty(split, tokens, dtype=torch.float32, device=x.device) if want_length else None
-    project_kernel[(token_blocks * (tiles + want_length) * split,)](
+    values = scratch(split * tokens, c_row, dtype=torch.float32, device=x.device)
+    counts = scratch(2, dtype=torch.int32, device=x.device)
+    lengths = scratch(split, tokens, dtype=torch.float32, device=x.device) if want_length else None
+    launch(
+        project_kernel,
+        (token_blocks * (tiles + want_length) * split,),
         x,
         p,
         values,
@@ -205,6 +207,7 @@ def project(
         HAS_LENGTH=want_length,
         SPLIT=split,
         GROUP=8,
+        ORDER=ORDER,
         **config,
     )
     return Parts(values, split, counts, lengths)

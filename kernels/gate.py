@@ -19,8 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .delta_norm import Parts, cdiv, processors, tile_product, width
+from .delta_norm import Parts, tile_product
+from .launches import after_previous, launch, scratch
 from .listed import slices_of
+from .machine import cdiv, processors, width
 
 TOGETHER = tl.constexpr(8)
 
@@ -65,7 +67,9 @@ def decide_kernel(
     LISTED_BLOCK: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    after_previous(EARLY)
     entries = tokens
     pieces = split
     if LISTED:
@@ -145,7 +149,9 @@ def list_kernel(
     counts,  # [2] int32 out: how many, and zero
     tokens,
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    after_previous(EARLY)
     block = tl.program_id(0)
     before = tl.zeros((), dtype=tl.int32)
     for start in range(0, block * BLOCK, BLOCK):  # every program counts what came before: no chain, no atomics
@@ -177,7 +183,9 @@ def correct_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    after_previous(EARLY)
     limit = tl.load(count)
     cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     col_ok = cols < m
@@ -222,6 +230,7 @@ def decide(
     first_stage: bool = False,
     keep: bool = False,
     out: Tensor | None = None,  # [tokens, m], changed in place: c, which is Delta k, is added where it fires
+    early: bool = True,  # see launch
 ) -> Fired:  # who fires (with `first_stage`: who is undecided), but with `out`
     """Norms, decision, and what follows from it, of every token or, after a sketch, of those listed in `parts`.
 
@@ -230,9 +239,12 @@ def decide(
     values, listing = parts.values, parts.rows is not None
     config = decide_blocks(values.shape[1])
     makes_list = tau is not None and out is None
-    listed = torch.empty(tokens if makes_list else 0, dtype=torch.int32, device=values.device)
-    places = torch.empty_like(listed) if listing else listed
-    decide_kernel[(cdiv(tokens, config["BLOCK_T"]),)](
+    length = tokens if makes_list else 0
+    listed = scratch(length, dtype=torch.int32, device=values.device)
+    places = scratch(length, dtype=torch.int32, device=values.device) if listing else listed
+    launch(
+        decide_kernel,
+        (cdiv(tokens, config["BLOCK_T"]),),
         values,
         values if lengths is None else lengths,
         values if tau is None else tau,
@@ -258,6 +270,7 @@ def decide(
         LISTED=listing,
         LENGTHS=0 if lengths is None else lengths.shape[0],
         LISTED_BLOCK=parts.block,
+        early=early,
         **config,
     )
     return Fired(places, listed, parts.counts[1 if listing else 0])
@@ -266,10 +279,9 @@ def decide(
 def list_fired(fire: Tensor) -> tuple[Tensor, Tensor]:  # fire [tokens] bool -> listed [tokens], counts [2], int32
     """The tokens that fire, in order; entries from ``counts[0]`` on are not written."""
     tokens = fire.shape[0]
-    listed = torch.empty(tokens, dtype=torch.int32, device=fire.device)
-    counts = torch.empty(2, dtype=torch.int32, device=fire.device)
-    grid = (cdiv(tokens, 1024),)
-    list_kernel[grid](fire.view(torch.int8), listed, counts, tokens, BLOCK=1024, num_warps=4)
+    listed = scratch(tokens, dtype=torch.int32, device=fire.device)
+    counts = scratch(2, dtype=torch.int32, device=fire.device)
+    launch(list_kernel, (cdiv(tokens, 1024),), fire.view(torch.int8), listed, counts, tokens, BLOCK=1024, num_warps=4)
     return listed, counts
 
 
@@ -280,6 +292,8 @@ def correct(
     places: Tensor | None,  # [tokens] int32; None: entry i is row i of src
     listed: Tensor,  # [tokens] int32
     count: Tensor,  # [] int32
+    *,
+    early: bool = True,  # see launch
 ) -> None:
     """``out[listed[i]] += a src[places[i]]`` for ``i < count``.
 
@@ -290,7 +304,9 @@ def correct(
     size = {"BLOCK_T": 32 if tokens > 1024 else 16, "BLOCK_N": 64, "BLOCK_D": 32 if fp32 else 64}
     tiles = cdiv(m, size["BLOCK_N"])
     blocks = min(cdiv(tokens, size["BLOCK_T"]), cdiv(4 * processors(out.device), tiles))
-    correct_kernel[(blocks, tiles)](
+    launch(
+        correct_kernel,
+        (blocks, tiles),
         out,
         src,
         a,
@@ -306,5 +322,6 @@ def correct(
         CAST_X=src.dtype != a.dtype,
         num_warps=4,
         num_stages=3,
+        early=early,
         **size,
     )

@@ -15,7 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .delta_norm import Parts, capability, cdiv, processors, slices
+from .delta_norm import Parts, slices
+from .launches import after_previous, launch, scratch
+from .machine import capability, cdiv, processors
 
 
 @triton.jit
@@ -81,7 +83,9 @@ def listed_kernel(
     UNIT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    after_previous(EARLY)
     count = tl.load(counts)
     part = tl.program_id(0) % SPLIT
     cols = tl.program_id(0) // SPLIT * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -130,8 +134,10 @@ def project_listed(
     split = slices(tiles, d, config["BLOCK_D"], processors(x.device))
     c_row = cdiv(r, 16) * 16
     capacity = max(tokens, 3 * config["UNIT"] * split)
-    values = torch.empty(capacity, c_row, dtype=torch.float32, device=x.device)
-    listed_kernel[(tiles * split,)](
+    values = scratch(capacity, c_row, dtype=torch.float32, device=x.device)
+    launch(
+        listed_kernel,
+        (tiles * split,),
         x,
         p,
         rows,

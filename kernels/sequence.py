@@ -13,6 +13,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launches import after_previous, launch, scratch
+
+
+@triton.jit
+def fill_padding(fire, z, begin, end, BLOCK: tl.constexpr):
+    """Tokens of no sequence do not fire, and have no score."""
+    for start in range(begin, end, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        tl.store(fire + at, tl.zeros((BLOCK,), dtype=tl.int8), mask=at < end)
+        tl.store(z + at, tl.full((BLOCK,), float("nan"), tl.float32), mask=at < end)
+
 
 @triton.jit
 def sequence_kernel(
@@ -30,7 +41,9 @@ def sequence_kernel(
     PACKED: tl.constexpr,
     HAS_STATE: tl.constexpr,
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    after_previous(EARLY)
     sequence = tl.program_id(0)
     begin = sequence.to(tl.int64) * length
     end = begin + length
@@ -38,6 +51,10 @@ def sequence_kernel(
         # Bounds that leave the tokens, which only a look at them (a host sync) could refuse, stop at their ends.
         begin = tl.maximum(tl.load(bounds + sequence).to(tl.int64), 0)
         end = tl.minimum(tl.load(bounds + sequence + 1).to(tl.int64), tokens)
+        if sequence == 0:
+            fill_padding(fire, z, 0, tl.minimum(begin, tokens), BLOCK)
+        if sequence == tl.num_programs(0) - 1:
+            fill_padding(fire, z, tl.maximum(begin, end), tokens, BLOCK)
     count = tl.zeros((), dtype=tl.float32)
     mean = tl.zeros((), dtype=tl.float32)
     m2 = tl.zeros((), dtype=tl.float32)
@@ -86,11 +103,16 @@ def sequence(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fire, z (shape of norm), state [S, 3]
     """The `sequence` gate, one program a sequence. Tokens past ``cu_seqlens[-1]`` are padding."""
     segments = norm.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    fire = torch.zeros(norm.shape, dtype=torch.bool, device=norm.device)
-    z = torch.full_like(norm, float("nan"))
-    after = torch.empty(segments, 3, dtype=torch.float32, device=norm.device)
+    if segments == 0:  # nobody would write the tokens
+        nothing = torch.zeros(norm.shape, dtype=torch.bool, device=norm.device)
+        return nothing, torch.full_like(norm, float("nan")), norm.new_empty(0, 3)
+    fire = scratch(*norm.shape, dtype=torch.bool, device=norm.device)
+    z = scratch(*norm.shape, dtype=torch.float32, device=norm.device)
+    after = scratch(segments, 3, dtype=torch.float32, device=norm.device)
     length = norm.shape[-1]
-    sequence_kernel[(segments,)](
+    launch(
+        sequence_kernel,
+        (segments,),
         norm,
         alpha,
         norm if mask is None else mask.view(torch.int8),

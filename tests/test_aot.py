@@ -45,7 +45,7 @@ def cases() -> list[dict[str, Any]]:
     ):
         for capability in CAPABILITIES:
             config = delta_norm.blocks(dtypes[dtype], tokens, r, capability)
-            add("delta_norm.project_kernel", dtype, "p_col", HAS_LENGTH=length, SPLIT=8, GROUP=8, **config)
+            add("delta_norm.project_kernel", dtype, "p_col", HAS_LENGTH=length, SPLIT=8, GROUP=8, ORDER=int(os.environ.get('ORDER','0')), **config)
             entries[-1]["capabilities"] = [capability]
     for dtype, split in (("bf16", 4), ("bf16", 16), ("fp16", 4), ("fp32", 4)):
         for older in (True, False):
@@ -130,6 +130,9 @@ def compile_case(case: dict[str, Any], capability: int) -> dict[str, Any]:
     kernel = getattr(importlib.import_module(f"coachhook_fast.kernels.{module}"), name)
     constants = {key: value for key, value in case["constants"].items() if key not in ("num_warps", "num_stages")}
     constants.update(dict.fromkeys(case["ones"], 1))
+    early = "EARLY" in kernel.arg_names and capability >= 90
+    if "EARLY" in kernel.arg_names:
+        constants["EARLY"] = early
     signature, attributes = {}, {}
     for position, argument in enumerate(kernel.arg_names):
         if argument in constants:
@@ -150,6 +153,7 @@ def compile_case(case: dict[str, Any], capability: int) -> dict[str, Any]:
             attributes[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
     options = {key: case["constants"][key] for key in ("num_warps", "num_stages") if key in case["constants"]}
+    options["launch_pdl"] = early
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     with tempfile.TemporaryDirectory() as folder:
         ptx = Path(folder) / "kernel.ptx"
@@ -163,7 +167,11 @@ def compile_case(case: dict[str, Any], capability: int) -> dict[str, Any]:
         ).stderr
     spills = sum(int(size) for size in re.findall(r"(\d+) bytes spill", report))
     registers = max(int(number) for number in re.findall(r"Used (\d+) registers", report))
-    return {"spilled": spills, "registers": registers, "shared": compiled.metadata.shared}
+    waits = compiled.asm["ptx"].find("griddepcontrol.wait")
+    touches = re.search(r"\b(ld|st|atom|red)\.(\w+\.)*global|cp\.async", compiled.asm["ptx"])
+    assert touches is not None
+    shared = compiled.metadata.shared
+    return {"spilled": spills, "registers": registers, "shared": shared, "waits": waits, "touches": touches.start()}
 
 
 @pytest.fixture(scope="module")
@@ -191,6 +199,15 @@ def test_nothing_spills(reports: list[dict[str, Any]]) -> None:
 
 def test_shared_memory_fits(reports: list[dict[str, Any]]) -> None:
     assert [report for report in reports if report["shared"] > SHARED_LIMIT[report["capability"]]] == []
+
+
+def test_what_may_start_early_touches_no_memory_before_it_waits(reports: list[dict[str, Any]]) -> None:
+    early = [report for report in reports if report["waits"] >= 0]
+    assert {report["kernel"] for report in early if report["capability"] >= 90} == {
+        report["kernel"] for report in reports if report["kernel"] != "decode.decode_kernel"
+    }
+    assert all(report["capability"] >= 90 for report in early)
+    assert [report for report in early if report["touches"] < report["waits"]] == []
 
 
 if __name__ == "__main__":

@@ -38,10 +38,12 @@ class Base:
 
     Attributes:
         out: [tokens, m]; not to be touched before `join`.
+        is_beside: whether another stream computes it.
     """
 
     def __init__(self, out: Tensor, side: torch.cuda.Stream | None = None) -> None:
         self.out = out
+        self.is_beside = side is not None
         self._side = side
 
     def join(self) -> None:

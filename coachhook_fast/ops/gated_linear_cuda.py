@@ -14,6 +14,7 @@ from torch import Tensor
 
 from coachhook_fast.ops._library import LIBRARY, build_info
 from coachhook_fast.ops.base_beside import Base, base_beside
+from coachhook_fast.ops.replayed import Buffers, kept
 from coachhook_fast.reference import gated_linear as reference
 from coachhook_fast.reference.gated_linear import accumulator_dtype, sequence_rows
 
@@ -102,20 +103,23 @@ def _correct_calibrated(
 ) -> Tensor:  # fire [tokens]
     from coachhook_fast.kernels import gate as gate_kernels
     from coachhook_fast.kernels import listed as listed_kernels
+    from coachhook_fast.kernels.launches import scratch
 
     tokens, lengths = x.shape[0], parts.lengths
-    fire = torch.empty(tokens, dtype=torch.bool, device=x.device)
+    fire = scratch(tokens, dtype=torch.bool, device=x.device)
+    early = not base.is_beside  # else the stream waits for another one before what comes after the join
     if sketched:
         undecided = gate_kernels.decide(parts, tokens, tau, mask, fire=fire, lengths=lengths, first_stage=True)
         parts = listed_kernels.project_listed(x, B, undecided.listed, parts.counts)
         mask, lengths = None, None if lengths is None else lengths[:1]
     if U is None:
         base.join()
-        gate_kernels.decide(parts, tokens, tau, mask, fire=fire, lengths=lengths, out=base.out)
+        gate_kernels.decide(parts, tokens, tau, mask, fire=fire, lengths=lengths, out=base.out, early=early)
     else:
         fired = gate_kernels.decide(parts, tokens, tau, mask, fire=fire, lengths=lengths, keep=True)
         base.join()
-        gate_kernels.correct(base.out, parts.values, U, fired.places if sketched else fired.listed, *fired[1:])
+        places = fired.places if sketched else fired.listed
+        gate_kernels.correct(base.out, parts.values, U, places, *fired[1:], early=early)
     return fire
 
 
@@ -133,8 +137,9 @@ def _correct_sequence(
 ) -> tuple[Tensor, Tensor]:  # fire [tokens], state [S, 3]
     from coachhook_fast.kernels import gate as gate_kernels
     from coachhook_fast.kernels import sequence as sequence_kernels
+    from coachhook_fast.kernels.launches import scratch
 
-    norm = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+    norm = scratch(x.shape[0], dtype=torch.float32, device=x.device)
     gate_kernels.decide(parts, x.shape[0], norm=norm, keep=U is not None)
     if cu_seqlens is None:
         norm = norm.view(sequence_rows(shape, mask, state), -1)
@@ -144,7 +149,7 @@ def _correct_sequence(
     listed, counts = gate_kernels.list_fired(fire)
     src, a = (x, B) if U is None else (parts.values, U)
     base.join()
-    gate_kernels.correct(base.out, src, a, listed, listed, counts[0])
+    gate_kernels.correct(base.out, src, a, listed, listed, counts[0], early=not base.is_beside)
     return fire, after
 
 
@@ -199,7 +204,7 @@ def gated_linear(
     shape = (*x.shape[:-1], weight.shape[0])
     if one_each and decodes(x, weight, B):
         from coachhook_fast.kernels import decode as decode_kernels
-        from coachhook_fast.kernels.delta_norm import processors
+        from coachhook_fast.kernels.machine import processors
 
         two_stage = tokens <= TWO_STAGE_DECODE_TOKENS
         with _on(x):
@@ -217,8 +222,9 @@ def gated_linear(
                 processors=processors(x.device),
             )
     else:
-        with _on(x), base_beside(x.reshape(tokens, -1), weight, bias) as base:
+        with _on(x), kept() as keep, base_beside(x.reshape(tokens, -1), weight, bias) as base:
             fire, after = _delta(base, x, U, B, threshold, sketch, gate, mask, cu_seqlens, state)
+            keep(Buffers(x, base.out, U, B, threshold, sketch, mask, cu_seqlens, state, fire, after), base.is_beside)
         out = base.out
     return out.view(shape), fire.view(x.shape[:-1]), after
 
@@ -241,9 +247,10 @@ def gated_delta(
     if not _has_kernels(x, B):
         return reference.gated_delta(out, x, U, B, threshold, gate, mask, cu_seqlens, state)
     result = out.clone(memory_format=torch.contiguous_format)
-    with _on(x):
+    with _on(x), kept() as keep:
         rows = result.view(-1, result.shape[-1])
         fire, after = _delta(Base(rows), x, U, B, threshold, sketch, gate, mask, cu_seqlens, state)
+        keep(Buffers(x, rows, U, B, threshold, sketch, mask, cu_seqlens, state, fire, after))
     return result, fire.view(x.shape[:-1]), after
 
 

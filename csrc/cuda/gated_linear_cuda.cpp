@@ -2,23 +2,20 @@
 
 #include <ATen/ATen.h>
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <c10/core/Event.h>
 #include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGraphsC10Utils.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
-#include <mutex>
 #include <optional>
-#include <unordered_map>
 
+#include "arguments.h"
+#include "base_beside.h"
 #include "decode.h"
 #include "image.h"
+#include "with_triton.h"
 
 namespace coachhook {
 namespace {
-
-using Output = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
 // Elements of a weight below which the base ends before a second stream has begun.
 constexpr int64_t kEnoughBeside = 1 << 22;
@@ -42,18 +39,8 @@ bool has_rows(const at::Tensor& t) {
 // While a CUDA graph is recorded, launches cost nothing: from so many tokens on Triton's kernels are the
 // better ones.
 bool is_better_recorded(const at::Tensor& x, const at::Tensor& weight) {
-  return x.numel() > kOwnBaseTokens * weight.size(1) &&
-         c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None;
+  return x.numel() > kOwnBaseTokens * weight.size(1) && is_capturing();
 }
-
-struct Arguments {
-  const at::Tensor& x;
-  const OptionalTensor &bias, &U;
-  const at::Tensor &B, &threshold;
-  const OptionalTensor& sketch;
-  std::string_view gate;
-  const OptionalTensor &mask, &cu_seqlens, &state;
-};
 
 // The sequences of the tokens, as reference.sequence_rows counts them.
 int64_t sequences(const Arguments& a, int64_t tokens) {
@@ -99,18 +86,6 @@ bool takes(const Arguments& a, int64_t m) {
   return compiled_for() >= 80;
 }
 
-// The side stream of a stream: first in line for multiprocessors. One each, since cuBLAS keeps a workspace
-// for each.
-c10::cuda::CUDAStream side_of(const c10::cuda::CUDAStream& stream) {
-  static std::mutex mutex;
-  static std::unordered_map<c10::cuda::CUDAStream, c10::cuda::CUDAStream> sides;
-  const std::lock_guard lock(mutex);
-  const auto found = sides.find(stream);
-  if (found != sides.end()) return found->second;
-  const auto side = c10::cuda::getStreamFromPool(/*isHighPriority=*/true, stream.device_index());
-  return sides.emplace(stream, side).first->second;
-}
-
 // x W^T + b while `work` runs on the current stream, which goes on when both are done.
 template <typename F>
 at::Tensor linear_beside(const Arguments& a, const at::Tensor& weight, const F& work) {
@@ -118,33 +93,12 @@ at::Tensor linear_beside(const Arguments& a, const at::Tensor& weight, const F& 
     work();
     return at::linear(a.x, weight, a.bias).contiguous();
   }
-  const c10::cuda::CUDAStream current = c10::cuda::getCurrentCUDAStream();
-  const c10::cuda::CUDAStream side = side_of(current);
-  // All memory is the current stream's, so that nothing is given away while the side stream still writes it.
-  const at::Tensor x = a.x.reshape({-1, a.x.size(-1)});
-  at::Tensor out = at::empty({x.size(0), weight.size(0)}, x.options());
-  c10::Event begin(c10::DeviceType::CUDA), end(c10::DeviceType::CUDA);
-  begin.record(current);
-  begin.block(side);
-  {
-    const c10::cuda::CUDAStreamGuard guard(side);
-    if (a.bias) {
-      at::addmm_out(out, *a.bias, x, weight.t());
-    } else {
-      at::mm_out(out, x, weight.t());
-    }
-    end.record(side);
-  }
-  try {
-    work();
-  } catch (...) {  // what the side stream still writes must not be given away
-    end.block(current);
-    throw;
-  }
-  end.block(current);
+  BaseBeside base(a.x.reshape({-1, a.x.size(-1)}), weight, a.bias);
+  work();
+  base.join();
   std::vector<int64_t> shape = a.x.sizes().vec();
   shape.back() = weight.size(0);
-  return out.view(shape);
+  return base.out().view(shape);
 }
 
 // `weight`: computed here, by our kernel or cuBLAS. `out` without it: the base's output, corrected in place.
@@ -225,7 +179,9 @@ Output gated_delta_cuda(const at::Tensor& out, const at::Tensor& x, const Option
   static const auto triton = c10::Dispatcher::singleton()
                                  .findSchemaOrThrow("coachhook::gated_delta_triton", "")
                                  .typed<decltype(gated_delta_cuda)>();
-  return triton.call(out, x, U, B, threshold, sketch, gate, mask, cu_seqlens, state);
+  return with_triton(a, nullptr, &out, [&] {
+    return triton.call(out, x, U, B, threshold, sketch, gate, mask, cu_seqlens, state);
+  });
 }
 
 Output gated_linear_cuda(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
@@ -241,7 +197,9 @@ Output gated_linear_cuda(const at::Tensor& x, const at::Tensor& weight, const Op
   static const auto triton = c10::Dispatcher::singleton()
                                  .findSchemaOrThrow("coachhook::gated_linear_triton", "")
                                  .typed<decltype(gated_linear_cuda)>();
-  return triton.call(x, weight, bias, U, B, threshold, sketch, gate, mask, cu_seqlens, state);
+  return with_triton(a, &weight, nullptr, [&] {
+    return triton.call(x, weight, bias, U, B, threshold, sketch, gate, mask, cu_seqlens, state);
+  });
 }
 
 }  // namespace coachhook
