@@ -5,7 +5,8 @@
 
 A rank of 100 is one column tile: without slices there would be a program for every 128 tokens, and most of the
 machine idle. Whoever reads the slices (gate.py) adds them in their order; nothing is added atomically: the same
-input gives the same bits.
+input gives the same bits. A slice is every n-th block of d, and all go from the last blocks to the first: those are
+what the base, which ended there, has left in L2.
 """
 
 from __future__ import annotations
@@ -19,6 +20,17 @@ from torch import Tensor
 
 from .launches import after_previous, launch, scratch
 from .machine import capability, cdiv, processors, width
+
+
+@triton.jit
+def columns(start, end, BLOCK_D: tl.constexpr, DOWN: tl.constexpr):
+    """The block of d at ``start``: with DOWN, as far from the last block's begin as ``start`` is from 0.
+
+    A product or sum goes through every STEP-th block from ``begin`` on, up to ``end``.
+    """
+    if DOWN:
+        start = (tl.cdiv(end, BLOCK_D) - 1) * BLOCK_D - start
+    return start + tl.arange(0, BLOCK_D)
 
 
 @triton.jit
@@ -38,18 +50,15 @@ def tile_product(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     CAST_X: tl.constexpr,  # x comes in another dtype than w (the fp32 c of a 16-bit U)
-    STEP: tl.constexpr = 1,  # blocks of d from one to the next that is this product's
-    TOP: tl.constexpr = 0,
+    STEP: tl.constexpr = 1,
+    DOWN: tl.constexpr = False,
 ):
-    """fp32 ``[BLOCK_T, BLOCK_N]`` of ``x[rows, D] w[cols, D]^T``, D every `STEP`-th block of ``begin:end``."""
-    inner = tl.arange(0, BLOCK_D)
+    """fp32 ``[BLOCK_T, BLOCK_N]`` of ``x[rows, D] w[cols, D]^T``, D as `columns` has it."""
     x_rows = x + rows.to(tl.int64)[:, None] * x_row
     w_rows = w + cols.to(tl.int64)[None, :] * w_row
     acc = tl.zeros((BLOCK_T, BLOCK_N), dtype=tl.float32)
     for start in range(begin, end, STEP * BLOCK_D):
-        at = start + inner
-        if TOP:
-            at = (tl.cdiv(end, BLOCK_D) - 1) * BLOCK_D - start + inner
+        at = columns(start, end, BLOCK_D, DOWN)
         ok = at < end
         a = tl.load(x_rows + at[None, :], mask=row_ok[:, None] & ok[None, :], other=0.0)
         b = tl.load(w_rows + at.to(tl.int64)[:, None] * w_col, mask=ok[:, None] & col_ok[None, :], other=0.0)
@@ -62,15 +71,13 @@ def tile_product(
 @triton.jit
 def tile_length(
     x, rows, row_ok, x_row, begin, end,
-    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, STEP: tl.constexpr, TOP: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, STEP: tl.constexpr, DOWN: tl.constexpr,
 ):  # fmt: skip
     """``[BLOCK_T]`` of ``||x[rows, D]||^2``, D as in `tile_product`."""
     x_rows = x + rows.to(tl.int64)[:, None] * x_row
     square = tl.zeros((BLOCK_T, BLOCK_D), dtype=tl.float32)
     for start in tl.range(begin, end, STEP * BLOCK_D, num_stages=3):
-        at = start + tl.arange(0, BLOCK_D)
-        if TOP:
-            at = (tl.cdiv(end, BLOCK_D) - 1) * BLOCK_D - start + tl.arange(0, BLOCK_D)
+        at = columns(start, end, BLOCK_D, DOWN)
         a = tl.load(x_rows + at[None, :], mask=row_ok[:, None] & (at < end)[None, :], other=0.0).to(tl.float32)
         square += a * a
     return tl.sum(square, axis=1)
@@ -96,7 +103,6 @@ def project_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     GROUP: tl.constexpr,  # token blocks that share a tile of P while it is in L2
-    ORDER: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     after_previous(EARLY)
@@ -114,28 +120,36 @@ def project_kernel(
     unit = pid % (GROUP * units) // group
     token = block * BLOCK_T + tl.arange(0, BLOCK_T)
     row_ok = token < tokens
-    STEP: tl.constexpr = SPLIT if ORDER > 0 else 1
-    TOP: tl.constexpr = 1 if ORDER > 1 else 0
-    if ORDER == 0:
-        size = tl.cdiv(tl.cdiv(d, BLOCK_D), SPLIT) * BLOCK_D
-        begin = unit % SPLIT * size
-        end = min(begin + size, d)
-    else:
-        begin = unit % SPLIT * BLOCK_D
-        end = d
+    begin = unit % SPLIT * BLOCK_D
     place = (unit % SPLIT * tokens + token).to(tl.int64)
 
     if HAS_LENGTH:
         # Programs of their own, at the same time as the product's: they find x in L2. (Squares of the product's own
         # tile would be cheaper, but Triton 3.6 then overwrites it in shared memory while wgmma still reads it.)
         if unit < SPLIT:
-            square = tile_length(x, token, row_ok, x_row, begin, end, BLOCK_T, BLOCK_D, STEP, TOP)
+            square = tile_length(x, token, row_ok, x_row, begin, d, BLOCK_T, BLOCK_D, SPLIT, True)
             tl.store(lengths + place, square, mask=row_ok)
             return
         unit -= SPLIT
     cols = unit // SPLIT * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tile_product(
-        x, token, row_ok, x_row, p, cols, cols < r, p_row, p_col, begin, end, BLOCK_T, BLOCK_N, BLOCK_D, False, STEP, TOP
+        x,
+        token,
+        row_ok,
+        x_row,
+        p,
+        cols,
+        cols < r,
+        p_row,
+        p_col,
+        begin,
+        d,
+        BLOCK_T,
+        BLOCK_N,
+        BLOCK_D,
+        False,
+        SPLIT,
+        True,
     )
     tl.store(c + place[:, None] * c_row + cols[None, :], acc, mask=row_ok[:, None] & (cols < c_row)[None, :])
 
@@ -168,14 +182,12 @@ class Parts(NamedTuple):
     block: int = 1  # listed tokens that are measured together
 
 
-ORDER = int(__import__("os").environ.get("ORDER", "0"))
-
-
 def project(
     x: Tensor,  # [tokens, d], columns contiguous
     p: Tensor,  # [r, d]
     *,
     want_length: bool = False,
+    early: bool = False,  # see launch
 ) -> Parts:
     """The delta's product."""
     (tokens, d), r = x.shape, p.shape[0]
@@ -207,7 +219,7 @@ def project(
         HAS_LENGTH=want_length,
         SPLIT=split,
         GROUP=8,
-        ORDER=ORDER,
+        early=early,
         **config,
     )
     return Parts(values, split, counts, lengths)

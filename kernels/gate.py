@@ -65,6 +65,7 @@ def decide_kernel(
     LISTED: tl.constexpr,  # entries are the tokens of the first list
     LENGTHS: tl.constexpr,  # slices of ||k||^2; 0: tau is for every length
     LISTED_BLOCK: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,  # a row of c is no longer than BLOCK_N
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     EARLY: tl.constexpr,
@@ -85,13 +86,18 @@ def decide_kernel(
         token = tl.load(rows + entry, mask=here, other=0)
     row = entry.to(tl.int64)[:, None] * c_row
     keep = here
-    if DECIDE or STORE_NORM:
+    column = tl.arange(0, BLOCK_N)
+    if ONE_BLOCK:
+        inside = here[:, None] & (column < c_row)[None, :]
+        total = add_slices(values, row + column[None, :], inside, step, pieces, BLOCK_T, BLOCK_N)
+        value = tl.sqrt(tl.sum(total * total, axis=1))
+    elif DECIDE or STORE_NORM:
         square = tl.zeros((BLOCK_T, BLOCK_N), dtype=tl.float32)
         for start in range(0, c_row, BLOCK_N):
-            cols = start + tl.arange(0, BLOCK_N)
+            cols = start + column
             inside = here[:, None] & (cols < c_row)[None, :]
-            total = add_slices(values, row + cols[None, :], inside, step, pieces, BLOCK_T, BLOCK_N)
-            square += total * total
+            some = add_slices(values, row + cols[None, :], inside, step, pieces, BLOCK_T, BLOCK_N)
+            square += some * some
         value = tl.sqrt(tl.sum(square, axis=1))
     if STORE_NORM:
         tl.store(norm + entry, value, mask=here)
@@ -130,16 +136,19 @@ def decide_kernel(
         tl.debug_barrier()  # the first slice is overwritten: everyone has read it
         if tl.max(keep.to(tl.int32), axis=0) > 0:
             for start in range(0, c_row, BLOCK_N):
-                cols = start + tl.arange(0, BLOCK_N)
+                cols = start + column
                 inside = keep[:, None] & (cols < c_row)[None, :]
-                total = add_slices(values, row + cols[None, :], inside, step, pieces, BLOCK_T, BLOCK_N)
+                if ONE_BLOCK:
+                    some = total
+                else:
+                    some = add_slices(values, row + cols[None, :], inside, step, pieces, BLOCK_T, BLOCK_N)
                 if ADD:
                     out_at = out + token.to(tl.int64)[:, None] * m + cols[None, :]
                     inside = keep[:, None] & (cols < m)[None, :]
-                    total += tl.load(out_at, mask=inside, other=0.0).to(tl.float32)
-                    tl.store(out_at, total.to(out.dtype.element_ty), mask=inside)
+                    some += tl.load(out_at, mask=inside, other=0.0).to(tl.float32)
+                    tl.store(out_at, some.to(out.dtype.element_ty), mask=inside)
                 else:
-                    tl.store(values + row + cols[None, :], total, mask=inside)
+                    tl.store(values + row + cols[None, :], some, mask=inside)
 
 
 @triton.jit
@@ -149,9 +158,7 @@ def list_kernel(
     counts,  # [2] int32 out: how many, and zero
     tokens,
     BLOCK: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
-    after_previous(EARLY)
     block = tl.program_id(0)
     before = tl.zeros((), dtype=tl.int32)
     for start in range(0, block * BLOCK, BLOCK):  # every program counts what came before: no chain, no atomics
@@ -180,15 +187,20 @@ def correct_kernel(
     a_col,
     MAPPED: tl.constexpr,
     CAST_X: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,  # a row of A is no longer than BLOCK_D
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    after_previous(EARLY)
-    limit = tl.load(count)
     cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     col_ok = cols < m
+    if ONE_BLOCK:  # no kernel that is still under way writes A, and U is longest on its way
+        inner = tl.arange(0, BLOCK_D)
+        a_at = a + cols.to(tl.int64)[None, :] * a_row + inner.to(tl.int64)[:, None] * a_col
+        tile = tl.load(a_at, mask=(inner < n)[:, None] & col_ok[None, :], other=0.0)
+    after_previous(EARLY)
+    limit = tl.load(count)
     for first in range(tl.program_id(0) * BLOCK_T, limit, tl.num_programs(0) * BLOCK_T):
         entry = first + tl.arange(0, BLOCK_T)
         row_ok = entry < limit
@@ -196,12 +208,21 @@ def correct_kernel(
         if MAPPED:
             row = tl.load(places + entry, mask=row_ok, other=0)
         token = tl.load(listed + entry, mask=row_ok, other=0)
-        acc = tile_product(
-            src, row, row_ok, src_row, a, cols, col_ok, a_row, a_col, 0, n, BLOCK_T, BLOCK_N, BLOCK_D, CAST_X
-        )
         at = out + token.to(tl.int64)[:, None] * m + cols[None, :]
         ok = row_ok[:, None] & col_ok[None, :]
-        tl.store(at, (tl.load(at, mask=ok, other=0.0).to(tl.float32) + acc).to(out.dtype.element_ty), mask=ok)
+        before = tl.load(at, mask=ok, other=0.0).to(tl.float32)
+        if ONE_BLOCK:
+            some = tl.load(
+                src + row.to(tl.int64)[:, None] * src_row + inner[None, :],
+                mask=row_ok[:, None] & (inner < n)[None, :],
+                other=0.0,
+            )
+            acc = tl.dot(some.to(tile.dtype), tile, before, input_precision="ieee")
+        else:
+            acc = before + tile_product(
+                src, row, row_ok, src_row, a, cols, col_ok, a_row, a_col, 0, n, BLOCK_T, BLOCK_N, BLOCK_D, CAST_X
+            )
+        tl.store(at, acc.to(out.dtype.element_ty), mask=ok)
 
 
 class Fired(NamedTuple):
@@ -230,7 +251,7 @@ def decide(
     first_stage: bool = False,
     keep: bool = False,
     out: Tensor | None = None,  # [tokens, m], changed in place: c, which is Delta k, is added where it fires
-    early: bool = True,  # see launch
+    early: bool = False,  # see launch
 ) -> Fired:  # who fires (with `first_stage`: who is undecided), but with `out`
     """Norms, decision, and what follows from it, of every token or, after a sketch, of those listed in `parts`.
 
@@ -270,6 +291,7 @@ def decide(
         LISTED=listing,
         LENGTHS=0 if lengths is None else lengths.shape[0],
         LISTED_BLOCK=parts.block,
+        ONE_BLOCK=values.shape[1] <= config["BLOCK_N"],
         early=early,
         **config,
     )
@@ -285,6 +307,12 @@ def list_fired(fire: Tensor) -> tuple[Tensor, Tensor]:  # fire [tokens] bool -> 
     return listed, counts
 
 
+def correct_blocks(dtype: torch.dtype, tokens: int, n: int) -> dict[str, int]:
+    """Tile sizes; up to 128 columns of a 16-bit A are one block."""
+    block_d = 32 if dtype == torch.float32 else width(n) if n <= 128 else 64
+    return {"BLOCK_T": 32 if tokens > 1024 else 16, "BLOCK_N": 64, "BLOCK_D": block_d, "num_warps": 4, "num_stages": 3}
+
+
 def correct(
     out: Tensor,  # [tokens, m] contiguous, changed in place
     src: Tensor,  # [*, >= n], columns contiguous
@@ -293,15 +321,14 @@ def correct(
     listed: Tensor,  # [tokens] int32
     count: Tensor,  # [] int32
     *,
-    early: bool = True,  # see launch
+    early: bool = False,  # see launch
 ) -> None:
     """``out[listed[i]] += a src[places[i]]`` for ``i < count``.
 
     The grid is what fills the machine, not what every token firing would need: few do.
     """
     tokens, m = out.shape
-    fp32 = a.dtype == torch.float32
-    size = {"BLOCK_T": 32 if tokens > 1024 else 16, "BLOCK_N": 64, "BLOCK_D": 32 if fp32 else 64}
+    size = correct_blocks(a.dtype, tokens, a.shape[1])
     tiles = cdiv(m, size["BLOCK_N"])
     blocks = min(cdiv(tokens, size["BLOCK_T"]), cdiv(4 * processors(out.device), tiles))
     launch(
@@ -320,8 +347,7 @@ def correct(
         a.stride(1),
         MAPPED=places is not None,
         CAST_X=src.dtype != a.dtype,
-        num_warps=4,
-        num_stages=3,
+        ONE_BLOCK=a.shape[1] <= size["BLOCK_D"],
         early=early,
         **size,
     )

@@ -23,7 +23,7 @@ from .machine import capability
 
 @triton.jit
 def after_previous(EARLY: tl.constexpr):
-    """First in every kernel: what the kernels before it wrote is there from here on. The next may be brought in."""
+    """What the kernels before it wrote is there from here on. The next may be brought in."""
     if EARLY:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -95,15 +95,18 @@ def recording() -> Iterator[Recording]:
         _RECORDING.reset(token)
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *arguments: Tensor | int, early: bool = True, **constants: Any) -> None:
-    """``kernel[grid](*arguments, **constants)``, for a kernel that begins with `after_previous`.
+def launch(
+    kernel: Any, grid: tuple[int, ...], *arguments: Tensor | int, early: bool | None = None, **constants: Any
+) -> None:
+    """``kernel[grid](*arguments, **constants)``.
 
-    early: it may start while the kernel before it in the stream ends (programmatic dependent launch, sm_90 on).
+    early: of a kernel with `after_previous`: whether it may start while the kernel before it in the stream ends
+        (programmatic dependent launch, sm_90 on). That pays where the one does wait for the other and for nothing else.
     """
-    device = arguments[0].device  # type: ignore[union-attr]
-    constants["EARLY"] = early and capability(device) >= 90
-    if constants["EARLY"]:
-        constants["launch_pdl"] = True
+    if early is not None:
+        constants["EARLY"] = early and capability(arguments[0].device) >= 90  # type: ignore[union-attr]
+        if constants["EARLY"]:
+            constants["launch_pdl"] = True
     compiled = kernel[grid](*arguments, **constants)
     current = _RECORDING.get()
     if current is not None:

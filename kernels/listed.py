@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .delta_norm import Parts, slices
-from .launches import after_previous, launch, scratch
+from .launches import launch, scratch
 from .machine import capability, cdiv, processors
 
 
@@ -83,9 +83,7 @@ def listed_kernel(
     UNIT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
-    after_previous(EARLY)
     count = tl.load(counts)
     part = tl.program_id(0) % SPLIT
     cols = tl.program_id(0) // SPLIT * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launches import after_previous, launch, scratch
+from .launches import launch, scratch
 
 
 @triton.jit
@@ -41,9 +41,7 @@ def sequence_kernel(
     PACKED: tl.constexpr,
     HAS_STATE: tl.constexpr,
     BLOCK: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
-    after_previous(EARLY)
     sequence = tl.program_id(0)
     begin = sequence.to(tl.int64) * length
     end = begin + length

@@ -100,6 +100,7 @@ def _correct_calibrated(
     mask: Tensor | None,  # [tokens]
     sketched: bool,
     parts: Parts,  # of the sketch, or of B
+    early: bool,
 ) -> Tensor:  # fire [tokens]
     from coachhook_fast.kernels import gate as gate_kernels
     from coachhook_fast.kernels import listed as listed_kernels
@@ -107,16 +108,15 @@ def _correct_calibrated(
 
     tokens, lengths = x.shape[0], parts.lengths
     fire = scratch(tokens, dtype=torch.bool, device=x.device)
-    early = not base.is_beside  # else the stream waits for another one before what comes after the join
     if sketched:
         undecided = gate_kernels.decide(parts, tokens, tau, mask, fire=fire, lengths=lengths, first_stage=True)
         parts = listed_kernels.project_listed(x, B, undecided.listed, parts.counts)
         mask, lengths = None, None if lengths is None else lengths[:1]
     if U is None:
         base.join()
-        gate_kernels.decide(parts, tokens, tau, mask, fire=fire, lengths=lengths, out=base.out, early=early)
+        gate_kernels.decide(parts, tokens, tau, mask, fire=fire, lengths=lengths, out=base.out)
     else:
-        fired = gate_kernels.decide(parts, tokens, tau, mask, fire=fire, lengths=lengths, keep=True)
+        fired = gate_kernels.decide(parts, tokens, tau, mask, fire=fire, lengths=lengths, keep=True, early=early)
         base.join()
         places = fired.places if sketched else fired.listed
         gate_kernels.correct(base.out, parts.values, U, places, *fired[1:], early=early)
@@ -149,7 +149,7 @@ def _correct_sequence(
     listed, counts = gate_kernels.list_fired(fire)
     src, a = (x, B) if U is None else (parts.values, U)
     base.join()
-    gate_kernels.correct(base.out, src, a, listed, listed, counts[0], early=not base.is_beside)
+    gate_kernels.correct(base.out, src, a, listed, listed, counts[0])
     return fire, after
 
 
@@ -169,10 +169,14 @@ def _delta(
 
     rows = _rows(x, B.dtype)
     sketch = None if gate == "sequence" else sketch
-    parts = project_kernels.project(rows, B if sketch is None else sketch, want_length=gate == "relative")
+    # Three kernels that wait for one another alone. With more, or beside a base that wants the machine too, an early
+    # start costs (measured).
+    early = gate != "sequence" and sketch is None and U is not None and not base.is_beside
+    p = B if sketch is None else sketch
+    parts = project_kernels.project(rows, p, want_length=gate == "relative", early=early)
     if gate == "sequence":
         return _correct_sequence(base, rows, x.shape[:-1], U, B, threshold, mask, cu_seqlens, state, parts)
-    fire = _correct_calibrated(base, rows, U, B, threshold, _flat(mask), sketch is not None, parts)
+    fire = _correct_calibrated(base, rows, U, B, threshold, _flat(mask), sketch is not None, parts, early)
     return fire, torch.empty(0, 3, dtype=accumulator_dtype(B.dtype), device=x.device)
 
 

@@ -18,6 +18,7 @@
 
 #include "decide.cuh"
 #include "decode.h"
+#include "launch.cuh"
 #include "tile_product.cuh"
 
 namespace coachhook {
@@ -173,36 +174,6 @@ __global__ void __launch_bounds__(kCorrectThreads) correct_kernel(const Decode a
   correct<T>(a, w, listed, count, first, here, values, kCorrectRows);
   __syncthreads();
   each([](float& value, T* p) { round_to(p, value); });
-}
-
-struct Grid {
-  int blocks, threads, shared_bytes;
-  int cluster;        // blocks of one
-  bool early = true;  // it may start beside the kernel before it (and waits for that by itself)
-};
-
-template <typename... Arguments>
-cudaError_t launch(void (*kernel)(Arguments...), const Grid& grid, const Device& device,
-                   Arguments... arguments) {
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(grid.blocks);
-  config.blockDim = dim3(grid.threads);
-  config.dynamicSmemBytes = grid.shared_bytes;
-  config.stream = device.stream;
-  cudaLaunchAttribute attributes[2];
-  config.attrs = attributes;
-  if (device.is_hopper && grid.early) {
-    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
-  }
-  if (grid.cluster > 1) {
-    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = grid.cluster;
-    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-  }
-  return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
 template <typename T, int NT>

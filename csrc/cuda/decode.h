@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "device.h"
+
 namespace coachhook {
 
 constexpr int kDecodeTokens = 64;  // the most that one call takes
@@ -44,12 +46,6 @@ struct Decode {
 };
 
 int64_t decode_workspace(const Decode& call);
-
-struct Device {
-  int processors;
-  bool is_hopper;  // code for it, or later: programmatic dependent launch, clusters
-  cudaStream_t stream;
-};
 
 // Squared norms and coordinates of the delta: ||B k||^2 by tiles, c = B k, and with `relative` ||k||.
 // Before the base where `weight` is null, so that nothing waits for it.

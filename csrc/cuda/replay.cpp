@@ -6,7 +6,6 @@
 #include <cuda.h>
 #include <dlfcn.h>
 
-#include <exception>
 #include <mutex>
 #include <unordered_map>
 
@@ -28,6 +27,13 @@ struct Hash {
 std::mutex mutex;
 std::unordered_map<Kind, std::shared_ptr<const Plan>, Hash> plans;
 thread_local std::optional<Kind> awaited;
+
+void keep(std::shared_ptr<const Plan> plan) {
+  const std::lock_guard lock(mutex);
+  if (plans.size() >= kKinds) plans.clear();
+  plans.insert_or_assign(*std::move(awaited), std::move(plan));
+  awaited.reset();
+}
 
 // The driver's functions: not linked, since a machine without a GPU has no driver.
 template <typename F>
@@ -75,16 +81,12 @@ std::optional<std::shared_ptr<const Plan>> plan_of(const Kind& kind) {
   return found->second;
 }
 
-Awaiting::Awaiting(Kind kind) : exceptions_(std::uncaught_exceptions()) { awaited = std::move(kind); }
+Awaiting::Awaiting(Kind kind) { awaited = std::move(kind); }
 
-Awaiting::~Awaiting() {
-  // nothing was kept: that kind is Python's. After an error it stays new.
-  if (awaited && std::uncaught_exceptions() == exceptions_) {
-    const std::lock_guard lock(mutex);
-    if (plans.size() >= kKinds) plans.clear();
-    plans.emplace(*std::move(awaited), nullptr);
-  }
-  awaited.reset();
+Awaiting::~Awaiting() { awaited.reset(); }
+
+void Awaiting::succeeded() {
+  if (awaited) keep(nullptr);
 }
 
 bool awaits_launches() { return awaited.has_value(); }
@@ -94,11 +96,7 @@ void keep_launches(int64_t after_rows, bool is_beside, int64_t scratch_bytes, st
   for (const Launch& launch : launches) {
     if (!fits(launch)) return;
   }
-  auto plan = std::make_shared<const Plan>(Plan{after_rows, is_beside, scratch_bytes, std::move(launches)});
-  const std::lock_guard lock(mutex);
-  if (plans.size() >= kKinds) plans.clear();
-  plans.insert_or_assign(*std::move(awaited), std::move(plan));
-  awaited.reset();
+  keep(std::make_shared<const Plan>(Plan{after_rows, is_beside, scratch_bytes, std::move(launches)}));
 }
 
 bool touches(const Launch& launch, Buffer buffer) {

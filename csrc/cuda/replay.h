@@ -55,8 +55,7 @@ void describe(Kind& kind, const std::optional<at::Tensor>& tensor);
 // What there is for a kind: nothing if it is new, null if Python must make all its calls.
 std::optional<std::shared_ptr<const Plan>> plan_of(const Kind& kind);
 
-// While it lives, Python may keep this thread's launches for a kind; if it does not, all calls of the kind
-// are Python's.
+// While it lives, Python may keep this thread's launches for a kind.
 class Awaiting {
  public:
   explicit Awaiting(Kind kind);
@@ -64,8 +63,8 @@ class Awaiting {
   Awaiting(const Awaiting&) = delete;
   Awaiting& operator=(const Awaiting&) = delete;
 
- private:
-  int exceptions_;
+  // The call went well: if nothing was kept, all calls of the kind are Python's.
+  void succeeded();
 };
 bool awaits_launches();
 void keep_launches(int64_t after_rows, bool is_beside, int64_t scratch_bytes, std::vector<Launch> launches);

@@ -71,8 +71,10 @@ Output with_triton(const Arguments& a, const at::Tensor* weight, const at::Tenso
     describe(kind, *tensor);
   const auto plan = plan_of(kind);
   if (!plan) {
-    const Awaiting awaiting(std::move(kind));
-    return triton();
+    Awaiting awaiting(std::move(kind));
+    Output result = triton();
+    awaiting.succeeded();
+    return result;
   }
   return *plan == nullptr ? triton() : replay(**plan, a, weight, base);
 }
