@@ -182,6 +182,10 @@ class Parts(NamedTuple):
     block: int = 1  # listed tokens that are measured together
 
 
+# Multiply-adds in fp32 from which on cuBLAS does them: `ieee` products are far from what the CUDA cores can do.
+LARGE_FP32 = 1 << 27
+
+
 def project(
     x: Tensor,  # [tokens, d], columns contiguous
     p: Tensor,  # [r, d]
@@ -189,8 +193,11 @@ def project(
     want_length: bool = False,
     early: bool = False,  # see launch
 ) -> Parts:
-    """The delta's product."""
+    """The delta's product; a large one in fp32 as exact as the base (TF32 where torch may use it)."""
     (tokens, d), r = x.shape, p.shape[0]
+    if x.dtype == torch.float32 and tokens * r * d >= LARGE_FP32:
+        square = torch.linalg.vector_norm(x, dim=1).square()[None] if want_length else None
+        return Parts(torch.mm(x, p.T), 1, torch.zeros(2, dtype=torch.int32, device=x.device), square)
     config = blocks(x.dtype, tokens, r, capability(x.device))
     token_blocks, tiles = cdiv(tokens, config["BLOCK_T"]), cdiv(r, config["BLOCK_N"])
     # narrow tiles fit twice on a multiprocessor

@@ -28,8 +28,6 @@ SIZES = (
     (9, 64, 200, 16),
     (16, 300, 4096, 130),
     (17, 96, 264, 12),
-    (33, 48, 1000, 40),
-    (64, 520, 2048, 100),
 )
 
 
@@ -89,7 +87,7 @@ def test_relative(tokens: int, m: int, d: int, r: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("tokens", [1, 7, 8, 16, 64])
+@pytest.mark.parametrize("tokens", [1, 7, 8, 16])
 def test_sequence(dtype: torch.dtype, tokens: int) -> None:
     x, *parts = problem(tokens, 100, 520, 20, dtype)
     x = x[:, None]
@@ -104,7 +102,7 @@ def test_sequence(dtype: torch.dtype, tokens: int) -> None:
         check(x, parts, torch.tensor(0.37, device="cuda"), gate="sequence", **options)
 
 
-@pytest.mark.parametrize("tokens", [1, 6, 16, 40])
+@pytest.mark.parametrize("tokens", [1, 6, 16])
 @pytest.mark.parametrize("dense", [False, True])
 def test_two_stages_decide_like_one(tokens: int, dense: bool) -> None:
     x, *parts = problem(tokens, 400, 1024, 300, torch.bfloat16, dense=dense)
@@ -121,7 +119,7 @@ def test_two_stages_decide_like_one(tokens: int, dense: bool) -> None:
         assert not bool(out[1:].isnan().any())
 
 
-@pytest.mark.parametrize("tokens", [1, 8, 30])
+@pytest.mark.parametrize("tokens", [1, 8, 16])
 def test_other_layouts(tokens: int) -> None:
     """A weight stored [d, m] (Conv1D), x a slice of something wider, U by columns, a base without bias, a mask."""
     x, weight, bias, U, B = problem(tokens, 104, 520, 24, torch.bfloat16)
@@ -164,8 +162,7 @@ def test_the_same_bits_again_and_in_a_graph(tokens: int) -> None:
     [
         (1, 576, ["delta_kernel", "project_kernel"]),
         (16, 4096, ["delta_kernel", "project_kernel"]),
-        (17, 4096, ["delta_kernel", "correct_kernel"]),  # with cuBLAS's base
-        (65, 576, []),
+        (17, 4096, []),
     ],
 )
 def test_which_kernels_run(tokens: int, m: int, kernels: list[str]) -> None:
@@ -173,3 +170,15 @@ def test_which_kernels_run(tokens: int, m: int, kernels: list[str]) -> None:
     threshold = between(reference.delta_norm(x, parts[3]))
     work = lambda: library.gated_linear(x, *parts, threshold, None, "calibrated", None, None, None)  # noqa: E731
     assert kernels_of(work) == kernels
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("dense", [False, True])
+def test_beside_a_base_of_cublas(dtype: torch.dtype, dense: bool) -> None:
+    """A weight that is stored by columns, long enough for a stream of its own."""
+    x, weight, bias, U, B = problem(5, 2048, 4096, 24, dtype, dense=dense)
+    threshold = between(reference.delta_norm(x, B))
+    stored = (weight.T.contiguous().T, bias, U, B)
+    assert check(x, stored, threshold).any()
+    work = lambda: library.gated_linear(x, *stored, threshold, None, "calibrated", None, None, None)  # noqa: E731
+    assert kernels_of(work) == ["delta_kernel", "correct_kernel"]

@@ -261,7 +261,14 @@ def many_processors(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("gate", ["calibrated", "relative"])
 @pytest.mark.parametrize("dense", [False, True])
-def test_in_slices(dtype: torch.dtype, gate: str, dense: bool, many_processors: None) -> None:
+@pytest.mark.parametrize("large", [False, True])
+def test_in_slices(
+    dtype: torch.dtype, gate: str, dense: bool, large: bool, many_processors: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if large:
+        from coachhook_fast.kernels import delta_norm
+
+        monkeypatch.setattr(delta_norm, "LARGE_FP32", 0)  # of fp32 cuBLAS makes one slice
     x, weight, bias, U, B = problem(70, 50, 600, 20, dtype, dense=dense)
     norm = reference.delta_norm(x, B)
     tau = between(norm / reference.key_length(x) if gate == "relative" else norm)

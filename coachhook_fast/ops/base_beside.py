@@ -13,18 +13,18 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-# Multiply-adds of a base that takes longer than the host needs for all launches, even where each is a call of its own.
-_LONG = 1 << 37
-# In a CUDA graph: tokens up to which it pays, and up to which with at most so many elements of a weight (measured;
-# between these and _LONG both sides want all of the GPU, and it costs up to a tenth).
-_FEW, _SOME, _SMALL = 64, 256, 1 << 24
+# Tokens up to which it pays, up to which with at most so many elements of a weight, and from which on it does again
+# (measured; between these both sides want all of the GPU, and it costs up to a tenth).
+_FEW, _SOME, _SMALL, _MANY = 64, 256, 1 << 24, 2048
+# Outside of a CUDA graph the base must take longer than the host needs for another stream: elements of a weight with
+# few tokens, multiply-adds with many.
+_LARGE, _LONG = 1 << 25, 1 << 37
 
 
 def _is_worth_it(tokens: int, elements: int) -> bool:
-    if tokens * elements >= _LONG:
-        return True
-    few = tokens <= _FEW or (tokens <= _SOME and elements <= _SMALL)
-    return few and torch.cuda.is_current_stream_capturing()
+    if torch.cuda.is_current_stream_capturing():
+        return tokens <= (_SOME if elements <= _SMALL else _FEW) or tokens >= _MANY
+    return tokens * elements >= _LONG or (tokens <= _FEW and elements >= _LARGE)
 
 
 @functools.cache

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from coachhook_fast.ops._library import LIBRARY, build_info
 from coachhook_fast.ops.base_beside import Base, base_beside
-from coachhook_fast.ops.replayed import Buffers, kept
+from coachhook_fast.ops.replayed import Buffers, awaited, kept
 from coachhook_fast.reference import gated_linear as reference
 from coachhook_fast.reference.gated_linear import accumulator_dtype, sequence_rows
 
@@ -206,7 +206,8 @@ def gated_linear(
     tokens = x.shape[:-1].numel()
     one_each = gate != "sequence" or (cu_seqlens is None and sequence_rows(x.shape[:-1], mask, state) == tokens)
     shape = (*x.shape[:-1], weight.shape[0])
-    if one_each and decodes(x, weight, B):
+    # one launch takes counters that someone must set to zero: no replay does that
+    if one_each and decodes(x, weight, B) and not awaited():
         from coachhook_fast.kernels import decode as decode_kernels
         from coachhook_fast.kernels.machine import processors
 

@@ -77,10 +77,15 @@ def plan(recording: Recording, buffers: Buffers) -> tuple[int, list[tuple]] | No
     return None if None in launches else (size, launches)  # type: ignore[return-value]
 
 
+def awaited() -> bool:
+    """Whether C++ asks for the launches of this call."""
+    return _CAN_REPLAY and EXTENSION.awaits_launches()  # type: ignore[union-attr]
+
+
 @contextmanager
 def kept() -> Iterator[Callable[..., None]]:
     """Within, launches are recorded if C++ asks for them; what it yields hands them over."""
-    if not _CAN_REPLAY or not EXTENSION.awaits_launches():  # type: ignore[union-attr]
+    if not awaited():
         yield lambda buffers, is_beside=False: None
         return
     from coachhook_fast.kernels.launches import recording

@@ -1,4 +1,4 @@
-// The gated projection of up to 64 tokens, bf16 or fp16:
+// The gated projection of up to 16 tokens, bf16 or fp16:
 //
 //   c = B k,  M = ||c||,  P = W0 k + b,  fire = M >= tau (or tau ||k||, or z >= alpha),  out = P + fire * U c
 //
@@ -55,7 +55,7 @@ __device__ bool add_over_cluster(float* sums, int count) {
 // Tiles of B (or of the sketch), `slices` blocks a tile, and after them, where `relative` asks for it, ||k||
 // of a token a cluster.
 template <typename T, int NT, Stage stage>
-__global__ void __launch_bounds__(kWarps<NT>* kLanes, 1)
+__global__ void __launch_bounds__(kWarps* kLanes, 1)
     delta_kernel(const Decode a, int tile_blocks, int slices) {
   extern __shared__ float shared[];
   // The base, which may start from here on, reads x before it waits: by then whatever wrote x must have
@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(kWarps<NT>* kLanes, 1)
 
 // A tile of the base, decision and correction.
 template <typename T, int NT>
-__global__ void __launch_bounds__(kWarps<NT>* kLanes, 1) project_kernel(const Decode a) {
+__global__ void __launch_bounds__(kWarps* kLanes, 1) project_kernel(const Decode a) {
   extern __shared__ float shared[];
   __shared__ int listed[kDecodeTokens];
   float* values = shared + blockDim.x / kLanes * 8 * NT * kStride;  // [tokens, 16]
@@ -190,7 +190,7 @@ struct Launches {
   }
 
   static cudaError_t delta(const Decode& call, const Device& device) {
-    constexpr int threads = kWarps<NT> * kLanes, bytes = shared_floats<NT>(kWarps<NT>) * sizeof(float);
+    constexpr int threads = kWarps * kLanes, bytes = shared_floats<NT>(kWarps) * sizeof(float);
     const int lengths = call.relative ? call.tokens : 0, tiles = tiles_of(call.r);
     const int slices = slices_of(tiles, call.d, device);
     if (call.sketch == nullptr) {
@@ -208,12 +208,10 @@ struct Launches {
                   slices);
   }
 
-  static cudaError_t project(const Decode& call, const Device& device)
-    requires(8 * NT <= kOwnBaseTokens)
-  {
+  static cudaError_t project(const Decode& call, const Device& device) {
     const int tiles = tiles_of(call.m);
     // a block a tile: where they are fewer than two a multiprocessor, more warps keep as many bytes in flight
-    const int warps = tiles >= 3 * device.processors / 2 ? 8 : kWarps<NT>;
+    const int warps = tiles >= 3 * device.processors / 2 ? 8 : kWarps;
     const int bytes = shared_floats<NT>(warps) * sizeof(float);
     return launch(&project_kernel<T, NT>, {tiles, warps * kLanes, bytes, 1}, device, call);
   }
@@ -222,10 +220,7 @@ struct Launches {
 template <typename F>
 cudaError_t with_types(const Decode& call, const F& work) {
   const auto by_tokens = [&]<typename T>(T) {
-    if (call.tokens <= 8) return work(Launches<T, 1>());
-    if (call.tokens <= 16) return work(Launches<T, 2>());
-    if (call.tokens <= 32) return work(Launches<T, 4>());
-    return work(Launches<T, 8>());
+    return call.tokens <= 8 ? work(Launches<T, 1>()) : work(Launches<T, 2>());
   };
   return call.bf16 ? by_tokens(__nv_bfloat16()) : by_tokens(__half());
 }
@@ -242,10 +237,7 @@ cudaError_t launch_delta(const Decode& call, const Device& device) {
 
 cudaError_t launch_finish(const Decode& call, const Device& device) {
   if (call.weight != nullptr) {
-    return with_types(call, [&](auto types) {
-      if constexpr (requires { types.project(call, device); }) return types.project(call, device);
-      return cudaErrorInvalidValue;
-    });
+    return with_types(call, [&](auto types) { return types.project(call, device); });
   }
   // not early: before it the stream waits for a base on another one
   const Grid grid = {(call.m + kCorrectRows - 1) / kCorrectRows, kCorrectThreads, 0, 1, false};

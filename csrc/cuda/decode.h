@@ -9,11 +9,8 @@
 
 namespace coachhook {
 
-constexpr int kDecodeTokens = 64;  // the most that one call takes
-// The most with a base of our own, whose rows are streamed with the delta in their shadow; above, cuBLAS's is
-// better.
-constexpr int kOwnBaseTokens = 16;
-constexpr int kTileRows = 16;  // rows of W0 or B a tile: the matrix instruction's
+constexpr int kDecodeTokens = 16;  // the most that one call takes
+constexpr int kTileRows = 16;      // rows of W0 or B a tile: the matrix instruction's
 
 inline int tiles_of(int rows) { return (rows + kTileRows - 1) / kTileRows; }
 

@@ -19,9 +19,6 @@ namespace {
 
 // Elements of a weight below which the base ends before a second stream has begun.
 constexpr int64_t kEnoughBeside = 1 << 22;
-// With a sketch, all of B is read as soon as one token is undecided: up to so many tokens that is the rarer
-// case.
-constexpr int64_t kSketchTokens = 16;
 
 int attribute(cudaDeviceAttr which, c10::DeviceIndex device) {
   int value = 0;
@@ -34,12 +31,6 @@ bool is_aligned(const at::Tensor& t) { return reinterpret_cast<uintptr_t>(t.cons
 // Rows that the kernels can load 16 bytes at a time.
 bool has_rows(const at::Tensor& t) {
   return t.dim() == 2 && t.stride(1) == 1 && t.stride(0) % 8 == 0 && t.size(1) % 8 == 0 && is_aligned(t);
-}
-
-// While a CUDA graph is recorded, launches cost nothing: from so many tokens on Triton's kernels are the
-// better ones.
-bool is_better_recorded(const at::Tensor& x, const at::Tensor& weight) {
-  return x.numel() > kOwnBaseTokens * weight.size(1) && is_capturing();
 }
 
 // The sequences of the tokens, as reference.sequence_rows counts them.
@@ -112,7 +103,7 @@ Output decode(const Arguments& a, const at::Tensor* weight, at::Tensor out, int6
   const at::Tensor before = a.state ? a.state->to(at::kFloat).contiguous() : at::Tensor();
   const at::Tensor fire = at::empty(a.x.sizes().slice(0, a.x.dim() - 1), x.options().dtype(at::kBool));
   const at::Tensor after = at::empty({sequence ? tokens : 0, 3}, x.options().dtype(at::kFloat));
-  const bool own_base = weight != nullptr && has_rows(*weight) && tokens <= kOwnBaseTokens;
+  const bool own_base = weight != nullptr && has_rows(*weight);
 
   Decode call = {};
   call.bf16 = a.B.scalar_type() == at::kBFloat16;
@@ -128,7 +119,7 @@ Output decode(const Arguments& a, const at::Tensor* weight, at::Tensor out, int6
     call.u_row = a.U->stride(0);
     call.u_col = a.U->stride(1);
   }
-  if (a.sketch && !sequence && tokens <= kSketchTokens) {
+  if (a.sketch && !sequence) {
     call.sketch = a.sketch->const_data_ptr();
     call.s = static_cast<int>(a.sketch->size(0));
   }
@@ -190,8 +181,7 @@ Output gated_linear_cuda(const at::Tensor& x, const at::Tensor& weight, const Op
                          const OptionalTensor& cu_seqlens, const OptionalTensor& state) {
   const Arguments a{x, bias, U, B, threshold, sketch, gate, mask, cu_seqlens, state};
   if (weight.dim() == 2 && weight.scalar_type() == B.scalar_type() && weight.device() == B.device() &&
-      B.dim() == 2 && weight.size(1) == B.size(1) && takes(a, weight.size(0)) &&
-      !is_better_recorded(x, weight)) {
+      B.dim() == 2 && weight.size(1) == B.size(1) && takes(a, weight.size(0))) {
     return decode(a, &weight, at::Tensor(), weight.size(0));
   }
   static const auto triton = c10::Dispatcher::singleton()

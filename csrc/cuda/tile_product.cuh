@@ -1,4 +1,4 @@
-// 16 rows of a matrix times up to 64 tokens, bf16 or fp16: what decode.cu's kernels stream W0 and B with.
+// 16 rows of a matrix times up to 16 tokens, bf16 or fp16: what decode.cu's kernels stream W0 and B with.
 #pragma once
 
 #include "decode.h"
@@ -7,12 +7,10 @@
 namespace coachhook {
 namespace {
 
-// Warps of a block for NT times 8 tokens: products of 16 would not fit the 48 KB of shared memory at 64
-// tokens.
-template <int NT>
-constexpr int kWarps = NT == 8 ? 8 : 16;
+constexpr int kWarps = 16;  // of a block, at most
 
-// Shared memory of a block: products of each warp [warps, 8 * NT, 16 + 1], then their sums [8 * NT, 16].
+// Shared memory of a block for NT times 8 tokens: products of each warp [warps, 8 * NT, 16 + 1], then their
+// sums [8 * NT, 16].
 constexpr int kStride = kTileRows + 1;
 
 template <int NT>
@@ -25,7 +23,7 @@ __host__ __device__ constexpr int shared_floats(int warps) {
 template <typename T, int NT>
 __device__ void tile_product(const T* w, int64_t w_row, int rows, const T* x, int64_t x_row, int tokens,
                              int begin, int end, float* parts, float* sums) {
-  constexpr int kDeep = NT <= 2 ? 4 : 2;  // loads in flight
+  constexpr int kDeep = 4;  // loads in flight
   const int warp = threadIdx.x / kLanes, warps = blockDim.x / kLanes, lane = threadIdx.x % kLanes;
   const int group = lane / 4, quad = lane % 4;
   // rows and tokens that are not there repeat the last one: what they give is not looked at
