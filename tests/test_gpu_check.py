@@ -63,6 +63,7 @@ def test_sections_and_their_tables(
         found = [
             row(work=work, baseline="plain projection", cost=1.2, floor_cost=1.02, **share),
             row(work=work, baseline="published hook", cost=0.3, ratio=3.5, floor_cost=1.02, timing="eager", **share),
+            row(work=work, baseline="published hook", cost=0.3, ratio=2.9, floor_cost=1.02, timing="eager", **share),
             row(work="decode step, batch 1", cost=1.05, floor_cost=1.01, timing="eager"),
         ]
         if section == "solve":
@@ -76,7 +77,9 @@ def test_sections_and_their_tables(
     lines = capsys.readouterr().out.splitlines()
     asked = {line[:58].strip(): line[58:].split() for line in lines}
     assert asked["gpt-j, rank 100, 1 tokens, over plain"] == ["1.08", "1.020", "1.200", "MISSES"]
-    assert asked["gpt-j, rank 100, 1 tokens, published over ours"] == ["3.00", "3.000", "3.500"]
+    assert asked["decode, published over ours, worst of 2, 1 miss"] == ["3.00", "3.000", "2.900", "MISSES"]
+    assert any(line.strip().startswith("2.90 gpt-j") for line in lines)
+    assert asked["prefill, published over ours, worst of 0, 0 miss"][-2:] == ["NOT", "MEASURED"]
     assert asked["decode step, batch 1, over unedited"] == ["1.10", "1.010", "1.050"]
     assert asked["decode step, batch 8, over unedited"][-2:] == ["NOT", "MEASURED"]
     assert script.check(["solve"], 10.0, "gpu") == 1
