@@ -183,7 +183,7 @@ class Parts(NamedTuple):
 
 
 # Multiply-adds in fp32 from which on cuBLAS does them: `ieee` products are far from what the CUDA cores can do.
-LARGE_FP32 = 1 << 27
+LARGE_FP32 = 1 << 20
 
 
 def project(

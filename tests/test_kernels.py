@@ -65,6 +65,15 @@ def check(name: str, x: Tensor, delta: tuple, threshold: Tensor, sketch: Tensor 
     torch.testing.assert_close(ours[2].double(), exact[2], rtol=1e-2 if x.dtype != torch.float32 else 1e-4, atol=1e-4)
 
 
+@pytest.fixture(autouse=True)
+def every_size_goes_our_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sketches are used, however small the product, and Triton does large ones in fp32 too."""
+    from coachhook_fast.kernels import delta_norm
+
+    monkeypatch.setattr(cuda, "EXACT", 0)
+    monkeypatch.setattr(delta_norm, "LARGE_FP32", 1 << 62)
+
+
 @pytest.fixture(params=WAYS)
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     decodes = request.param == "decode"
@@ -281,6 +290,16 @@ def test_in_slices(
         assert torch.equal(first[0], second[0])
         assert torch.equal(first[0][~first[1]], out[~first[1]])
         assert_as_good(first[0], plain[0], expected[0])
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_a_small_product_needs_no_sketch(dense: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, bias, U, B = problem(70, 50, 600, 36, torch.float32, dense=dense)
+    threshold = between(reference.delta_norm(x, B))
+    wrong = torch.zeros(16, 600, device=DEVICE)  # nobody fires by it
+    assert not cuda.gated_linear(x, weight, bias, U, B, threshold, wrong)[1].any()
+    monkeypatch.setattr(cuda, "EXACT", 70 * B.numel())
+    check("exact", x, (weight, bias, U, B), threshold, wrong)
 
 
 @pytest.mark.parametrize("dense", [False, True])

@@ -29,6 +29,9 @@ DECODE_TOKENS = 32
 DECODE_RANK = 256
 # In one launch, B is read as soon as one token is undecided: with 10 % undecided, likelier than not above this.
 TWO_STAGE_DECODE_TOKENS = 6
+# Multiply-adds of x B^T up to which a sketch does not pay: some token of a few is undecided, which takes the bytes of
+# all of B, and two launches more.
+EXACT = 1 << 32
 
 
 def decodes(x: Tensor, weight: Tensor, B: Tensor) -> bool:
@@ -168,7 +171,8 @@ def _delta(
     from coachhook_fast.kernels import delta_norm as project_kernels
 
     rows = _rows(x, B.dtype)
-    sketch = None if gate == "sequence" else sketch
+    if gate == "sequence" or rows.shape[0] * B.numel() <= EXACT:
+        sketch = None
     # Three kernels that wait for one another alone. With more, or beside a base that wants the machine too, an early
     # start costs (measured).
     early = gate != "sequence" and sketch is None and U is not None and not base.is_beside
