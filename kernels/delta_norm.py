@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launches import after_previous, launch, scratch
+from .launches import after_previous, is_recording, launch, scratch
 from .machine import capability, cdiv, processors, width
 
 
@@ -182,8 +182,9 @@ class Parts(NamedTuple):
     block: int = 1  # listed tokens that are measured together
 
 
-# Multiply-adds in fp32 from which on cuBLAS does them: `ieee` products are far from what the CUDA cores can do.
-LARGE_FP32 = 1 << 20
+# Multiply-adds in fp32 from which on cuBLAS does them: `ieee` products are far from what the CUDA cores can do. A
+# call whose launches are all ours is replayed, which is worth more to small ones.
+LARGE_FP32, LARGE_FP32_RECORDED = 1 << 20, 1 << 27
 
 
 def project(
@@ -195,7 +196,7 @@ def project(
 ) -> Parts:
     """The delta's product; a large one in fp32 as exact as the base (TF32 where torch may use it)."""
     (tokens, d), r = x.shape, p.shape[0]
-    if x.dtype == torch.float32 and tokens * r * d >= LARGE_FP32:
+    if x.dtype == torch.float32 and tokens * r * d >= (LARGE_FP32_RECORDED if is_recording() else LARGE_FP32):
         square = torch.linalg.vector_norm(x, dim=1).square()[None] if want_length else None
         return Parts(torch.mm(x, p.T), 1, torch.zeros(2, dtype=torch.int32, device=x.device), square)
     config = blocks(x.dtype, tokens, r, capability(x.device))

@@ -310,8 +310,7 @@ def list_fired(fire: Tensor) -> tuple[Tensor, Tensor]:  # fire [tokens] bool -> 
 def correct_blocks(dtype: torch.dtype, tokens: int, n: int) -> dict[str, int]:
     """Tile sizes; up to 128 columns of a 16-bit A are one block."""
     block_d = 32 if dtype == torch.float32 else width(n) if n <= 128 else 64
-    size = {"BLOCK_T": 32 if tokens > 1024 else 16, "BLOCK_N": 64, "BLOCK_D": block_d}
-    return {**size, "num_warps": 4, "num_stages": 3}
+    return {"BLOCK_T": 32 if tokens > 1024 else 16, "BLOCK_N": 64, "BLOCK_D": block_d, "num_warps": 4, "num_stages": 1}
 
 
 def correct(

@@ -85,6 +85,10 @@ class Recording:
 _RECORDING: ContextVar[Recording | None] = ContextVar("recording", default=None)
 
 
+def is_recording() -> bool:
+    return _RECORDING.get() is not None
+
+
 @contextmanager
 def recording() -> Iterator[Recording]:
     """Records what is launched, and all `scratch`, in this thread until it ends."""

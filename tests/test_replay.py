@@ -123,6 +123,20 @@ def test_what_was_recorded_serves_other_tensors(kind: str, dtype: torch.dtype, m
     assert_same((out.view_as(expected[0]), fire.view_as(expected[1]), after), expected)
 
 
+def test_a_call_that_can_be_replayed_leaves_small_fp32_products_to_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    from coachhook_fast.kernels import delta_norm
+
+    call = arguments("factored", torch.float32, 22, 0)
+    for large, launches in ((1 << 62, 3), (0, 2)):
+        monkeypatch.setattr(delta_norm, "LARGE_FP32", 0)
+        monkeypatch.setattr(delta_norm, "LARGE_FP32_RECORDED", large)
+        with recorded(monkeypatch) as calls:
+            cuda.gated_linear(*call)
+        recording, buffers = calls[0]
+        assert len(recording.launches) == launches
+        assert (recording.places(buffers) is None) == (launches == 2)
+
+
 @pytest.mark.parametrize("why", ["cast", "copy", "shared"])
 def test_calls_that_need_more_than_launches_are_not_recorded(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight, bias, U, B, threshold, *rest = arguments("factored", torch.bfloat16, 22, 0)

@@ -31,7 +31,7 @@ DECODE_RANK = 256
 TWO_STAGE_DECODE_TOKENS = 6
 # Multiply-adds of x B^T up to which a sketch does not pay: some token of a few is undecided, which takes the bytes of
 # all of B, and two launches more.
-EXACT = 1 << 32
+EXACT = 3_500_000_000
 
 
 def decodes(x: Tensor, weight: Tensor, B: Tensor) -> bool:
