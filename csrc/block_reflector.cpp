@@ -1,88 +1,12 @@
 #include "block_reflector.h"
 
 #include <algorithm>
-#include <cmath>
 
 #include "micro_gemm.h"
 #include "packed_factor.h"
-#include "simd.h"
+#include "reflect_columns.h"
 
 namespace coachhook {
-namespace {
-
-COACHHOOK_CLONES double dot(const double* a, const double* b, int64_t n) {
-  double sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; ++i) sum += a[i] * b[i];
-  return sum;
-}
-
-COACHHOOK_CLONES float dot(const float* a, const float* b, int64_t n) {
-  float sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; ++i) sum += a[i] * b[i];
-  return sum;
-}
-
-COACHHOOK_CLONES void subtract(double* y, double a, const double* x, int64_t n) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) y[i] -= a * x[i];
-}
-
-COACHHOOK_CLONES void subtract(float* y, float a, const float* x, int64_t n) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) y[i] -= a * x[i];
-}
-
-// X <- X^-1 for an upper triangular X [kBlock, kBlock] of nonzero diagonal.
-template <typename T>
-void invert_upper(const T* X, T* inverse) {
-  std::fill_n(inverse, kBlock * kBlock, T(0));
-  for (int64_t j = 0; j < kBlock; ++j) {
-    inverse[j * kBlock + j] = T(1) / X[j * kBlock + j];
-    for (int64_t i = j - 1; i >= 0; --i) {
-      T sum = 0;
-      for (int64_t k = i + 1; k <= j; ++k) sum += X[i * kBlock + k] * inverse[k * kBlock + j];
-      inverse[i * kBlock + j] = -sum / X[i * kBlock + i];
-    }
-  }
-}
-
-// The reflectors of kBlock columns, one by one; the rows of K are replaced by the w's.
-template <typename T>
-bool reflect_columns(Mode mode, T* D, int64_t ldd, T* K, int64_t ld, int64_t n) {
-  for (int64_t c = 0; c < kBlock; ++c) {
-    T* w = K + c * ld;
-    const T l = D[c * ldd + c];
-    const T norm = std::sqrt(dot(w, w, n));
-    const T square = mode == Mode::kUpdate ? l * l + norm * norm : (l - norm) * (l + norm);
-    if (!(square > 0)) return false;
-    const T root = std::sqrt(square);
-    const T scale = T(1) / (l + root);
-    for (int64_t i = 0; i < n; ++i) w[i] *= scale;
-    const T omega = norm * scale;
-    const T tau = T(2) / (T(1) + omega * omega);
-    D[c * ldd + c] = root;
-    for (int64_t r = c + 1; r < kBlock; ++r) {
-      T& a = D[r * ldd + c];
-      T* k = K + r * ld;
-      const T kw = dot(k, w, n);
-      if (mode == Mode::kUpdate) {
-        const T m = tau * (a + kw);
-        a = m - a;
-        subtract(k, m, w, n);
-      } else {
-        const T before = (a - tau * kw) / (tau - T(1));
-        subtract(k, a + before, w, n);
-        a = before;
-      }
-    }
-  }
-  return true;
-}
-
-}  // namespace
-
 template <typename T>
 PanelReflectors<T>::PanelReflectors(int64_t width, int64_t n, int64_t ld)
     : blocks(width / kBlock),
@@ -93,13 +17,15 @@ PanelReflectors<T>::PanelReflectors(int64_t width, int64_t n, int64_t ld)
       S(blocks * kBlock * ld) {}
 
 template <typename T>
-void PanelReflectors<T>::set(int64_t index, Mode mode, const T* W) {
-  T X[kBlock * kBlock] = {};  // U, or I - U to remove
+void PanelReflectors<T>::set(int64_t index, Mode mode, const T* Wt) {
+  const auto& gemm = micro_gemm<T>();
+  alignas(64) T X[kBlock * kBlock];  // W W^T, then U, or I - U to remove
+  gemm.set(X, kBlock, kBlock, kBlock, Wt, 1, kBlock, n, Wt, kBlock, nullptr, 0);
   for (int64_t i = 0; i < kBlock; ++i) {
-    for (int64_t j = i; j < kBlock; ++j) {
-      T u = dot(W + i * ld, W + j * ld, n);
+    for (int64_t j = 0; j < kBlock; ++j) {
+      T& u = X[i * kBlock + j];
       if (mode == Mode::kDowndate) u = -u;
-      X[i * kBlock + j] = i == j ? (T(1) + u) / 2 : u;
+      u = j < i ? T(0) : j == i ? (T(1) + u) / 2 : u;
     }
   }
   T* inverse = N.data() + index * kBlock * kBlock;
@@ -109,70 +35,78 @@ void PanelReflectors<T>::set(int64_t index, Mode mode, const T* W) {
       for (int64_t j = 0; j < i; ++j) std::swap(inverse[i * kBlock + j], inverse[j * kBlock + i]);
     }
   }
-  const auto& gemm = micro_gemm<T>();
   T* r = R.data() + index * n * kBlock;
   std::fill_n(r, n * kBlock, T(0));
-  (mode == Mode::kUpdate ? gemm.add : gemm.sub)(r, kBlock, n, kBlock, W, 1, ld, kBlock, inverse, kBlock,
+  (mode == Mode::kUpdate ? gemm.add : gemm.sub)(r, kBlock, n, kBlock, Wt, kBlock, 1, kBlock, inverse, kBlock,
                                                 nullptr, 0);
   T* s = S.data() + index * kBlock * ld;
-  for (int64_t i = 0; i < kBlock * ld; ++i) s[i] = mode == Mode::kUndo ? -W[i] : W[i];
-}
-
-template <typename T>
-void PanelReflectors<T>::apply(int64_t index, T* A, int64_t row_stride, int64_t column_stride, T* K,
-                               int64_t rows, const T* soon, int64_t soon_count) const {
-  const auto& gemm = micro_gemm<T>();
-  const T* inverse = N.data() + index * kBlock * kBlock;
-  T* a = A + index * kBlock * column_stride;
-  alignas(64) T M[kRowGroup * kBlock];
-  for (int64_t done = 0; done < rows; done += kRowGroup) {
-    const int64_t count = std::min(rows - done, kRowGroup);
-    T* part = a + done * row_stride;
-    T* k = K + done * ld;
-    gemm.set(M, kBlock, count, kBlock, part, row_stride, column_stride, kBlock, inverse, kBlock, soon,
-             soon_count);
-    gemm.add(M, kBlock, count, kBlock, k, ld, 1, n, R.data() + index * n * kBlock, kBlock, nullptr, 0);
-    for (int64_t r = 0; r < count; ++r) {
-      for (int64_t c = 0; c < kBlock; ++c) {
-        T& value = part[r * row_stride + c * column_stride];
-        value = M[r * kBlock + c] - value;
-      }
-    }
-    gemm.sub(k, ld, count, ld, M, kBlock, 1, kBlock, S.data() + index * kBlock * ld, ld, nullptr, 0);
+  for (int64_t i = 0; i < kBlock; ++i) {
+    for (int64_t k = 0; k < n; ++k)
+      s[i * ld + k] = mode == Mode::kUndo ? -Wt[k * kBlock + i] : Wt[k * kBlock + i];
   }
 }
 
 template <typename T>
-void PanelReflectors<T>::apply_all(Mode mode, T* A, int64_t row_stride, int64_t column_stride, T* K,
-                                   int64_t rows) const {
+BlockReflectors<T> PanelReflectors<T>::from(int64_t index) const {
+  return {n, ld, N.data() + index * kBlock * kBlock, R.data() + index * n * kBlock,
+          S.data() + index * kBlock * ld};
+}
+
+template <typename T>
+void PanelReflectors<T>::apply_all(Mode mode, T* A, int64_t row_stride, T* K, int64_t rows) const {
   // a group of rows goes through all blocks while it is in the cache; the next group is fetched meanwhile
+  const bool back = mode == Mode::kUndo;
   for (int64_t row = 0; row < rows; row += kRowGroup) {
     T* a = A + row * row_stride;
-    const int64_t share = column_stride == 1 && row + kRowGroup < rows ? kRowGroup * kBlock : 0;
+    const int64_t next = row + kRowGroup < rows ? kRowGroup * row_stride : 0;
+    reflect_rows<T>()(from(0), back ? blocks - 1 : 0, back ? -1 : 1, blocks, !back, a, row_stride,
+                      K + row * ld, std::min(kRowGroup, rows - row), a + next, next);
+  }
+}
+
+template <typename T>
+void PanelReflectors<T>::apply_columns(T* A, int64_t ld_a, T* K, int64_t rows) const {
+  alignas(64) T part[kRowGroup * kBlock];
+  for (int64_t row = 0; row < rows; row += kRowGroup) {
+    const int64_t count = std::min(kRowGroup, rows - row);
     for (int64_t i = 0; i < blocks; ++i) {
-      const int64_t index = mode == Mode::kUndo ? blocks - 1 - i : i;
-      apply(index, a, row_stride, column_stride, K + row * ld, std::min(kRowGroup, rows - row),
-            a + kRowGroup * row_stride + i * share, share);
+      T* a = A + i * kBlock * ld_a + row;
+      for (int64_t c = 0; c < kBlock; ++c) {
+        for (int64_t r = 0; r < count; ++r) part[r * kBlock + c] = a[c * ld_a + r];
+      }
+      reflect_rows<T>()(from(i), 0, 1, 1, true, part, kBlock, K + row * ld, count, nullptr, 0);
+      for (int64_t c = 0; c < kBlock; ++c) {
+        for (int64_t r = 0; r < count; ++r) a[c * ld_a + r] = part[r * kBlock + c];
+      }
     }
   }
 }
 
 template <typename T>
 bool transform_panel(Mode mode, T* D, int64_t padded, T* K, PanelReflectors<T>& reflectors) {
-  const int64_t ld = reflectors.ld;
+  const int64_t ld = reflectors.ld, n = reflectors.n;
+  std::vector<T> Kt(n * kBlock);
   for (int64_t i = 0; i < reflectors.blocks; ++i) {
     const int64_t index = mode == Mode::kUndo ? reflectors.blocks - 1 - i : i;
     const int64_t c = index * kBlock;
     T* k = K + c * ld;
+    for (int64_t r = 0; r < kBlock; ++r) {
+      for (int64_t i = 0; i < n; ++i) Kt[i * kBlock + r] = k[r * ld + i];
+    }
     if (mode == Mode::kUndo) {
-      reflectors.set(index, mode, k);
+      reflectors.set(index, mode, Kt.data());
       std::fill_n(k, kBlock * ld, T(0));  // where the keys were rotated to nothing
-      reflectors.apply(index, D + c * padded, padded, 1, k, padded - c, nullptr, 0);
+      reflect_rows<T>()(reflectors.from(index), 0, 1, 1, false, D + c * padded + c, padded, k, padded - c,
+                        nullptr, 0);
     } else {
-      if (!reflect_columns(mode, D + c * padded + c, padded, k, ld, reflectors.n)) return false;
-      reflectors.set(index, mode, k);
+      if (!reflect_columns(mode == Mode::kDowndate, D + c * padded + c, padded, Kt.data(), n)) return false;
+      reflectors.set(index, mode, Kt.data());
+      for (int64_t r = 0; r < kBlock; ++r) {
+        for (int64_t i = 0; i < n; ++i) k[r * ld + i] = Kt[i * kBlock + r];
+      }
       const int64_t below = c + kBlock;
-      reflectors.apply(index, D + below * padded, padded, 1, K + below * ld, padded - below, nullptr, 0);
+      reflect_rows<T>()(reflectors.from(index), 0, 1, 1, true, D + below * padded + c, padded, K + below * ld,
+                        padded - below, nullptr, 0);
     }
   }
   return true;

@@ -9,8 +9,12 @@
 // stable form.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
+
+#include "packed_factor.h"
+#include "reflect_rows.h"
 
 namespace coachhook {
 
@@ -24,14 +28,14 @@ template <typename T>
 struct PanelReflectors {
   PanelReflectors(int64_t width, int64_t n, int64_t ld);
 
-  // Block `index` from its w's, W [kBlock, ld] row-major (columns past n are zero).
-  void set(int64_t index, Mode mode, const T* W);
-  // rows of [A K]; A(r, c) = A[r * row_stride + c * column_stride] over the panel's columns, K [rows, ld];
-  // `soon` as in micro_gemm.h.
-  void apply(int64_t index, T* A, int64_t row_stride, int64_t column_stride, T* K, int64_t rows,
-             const T* soon, int64_t soon_count) const;
-  // All blocks in the order that the mode asks for.
-  void apply_all(Mode mode, T* A, int64_t row_stride, int64_t column_stride, T* K, int64_t rows) const;
+  // Block `index` from its w's, one a column of Wt [n, kBlock].
+  void set(int64_t index, Mode mode, const T* Wt);
+  BlockReflectors<T> from(int64_t index) const;
+  // All blocks in the order that the mode asks for, on rows of [A K]: A [rows, *] over the panel's columns, K
+  // [rows, ld].
+  void apply_all(Mode mode, T* A, int64_t row_stride, T* K, int64_t rows) const;
+  // The same where A is stored by columns, A(r, c) = A[c * ld_a + r]; to add or to remove keys.
+  void apply_columns(T* A, int64_t ld_a, T* K, int64_t rows) const;
 
   int64_t blocks, n, ld;
   std::vector<T> N;  // [blocks, kBlock, kBlock]
@@ -40,17 +44,13 @@ struct PanelReflectors {
 };
 
 void unpack_triangle(const auto* packed, auto* D, int64_t width, int64_t padded) {
-  for (int64_t r = 0; r < padded; ++r) {
-    for (int64_t c = 0; c < padded; ++c) {
-      D[r * padded + c] = r < width && c <= r ? packed[r * (r + 1) / 2 + c] : (r == c ? 1 : 0);
-    }
-  }
+  std::fill_n(D, padded * padded, 0);
+  for (int64_t r = 0; r < width; ++r) std::copy_n(packed + packed_size(r), r + 1, D + r * padded);
+  for (int64_t r = width; r < padded; ++r) D[r * padded + r] = 1;
 }
 
 void pack_triangle(const auto* D, auto* packed, int64_t width, int64_t padded) {
-  for (int64_t r = 0; r < width; ++r) {
-    for (int64_t c = 0; c <= r; ++c) packed[r * (r + 1) / 2 + c] = D[r * padded + c];
-  }
+  for (int64_t r = 0; r < width; ++r) std::copy_n(D + r * padded, r + 1, packed + packed_size(r));
 }
 
 // Transforms a panel's own triangle D [padded, padded] and keys K [padded, ld], and fills `reflectors`.

@@ -1,91 +1,9 @@
 #include "micro_gemm.h"
 
-#include <algorithm>
-
-#include "simd.h"
+#include "micro_tile.h"
 
 namespace coachhook {
 namespace {
-
-enum class Op { kSet, kAdd, kSubtract };
-
-// Asks for the next stretch of memory, a few lines at every step of the inner loop: all at once they would
-// wait for each other, and the products for them. The hardware's own prefetchers stop at each page and do not
-// see short rows coming.
-struct Ahead {
-  const char* next;
-  const char* end;
-  int64_t bytes_a_step;
-
-  template <typename T>
-  Ahead(const T* begin, int64_t count, int64_t steps)
-      : next(reinterpret_cast<const char*>(begin)),
-        end(next + count * static_cast<int64_t>(sizeof(T))),
-        bytes_a_step(((end - next) / std::max<int64_t>(steps, 1) / 64 + 1) * 64) {}
-
-  ALWAYS_INLINE void step() {
-    const char* stop = std::min(next + bytes_a_step, end);
-    for (; next < stop; next += 64) __builtin_prefetch(next);
-  }
-};
-
-// A tile of R rows and V vectors stays in registers for the whole inner dimension.
-template <typename T, int BYTES, int R, int V, Op OP>
-ALWAYS_INLINE void tile(T* C, int64_t ldc, const T* A, int64_t row_stride, int64_t inner_stride,
-                        int64_t inner, const T* B, int64_t ldb, Ahead& ahead) {
-  using vec = typename Vector<T, BYTES>::type;
-  constexpr int LANES = BYTES / sizeof(T);
-  vec acc[R][V];
-#pragma GCC unroll 32
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) {
-      if constexpr (OP == Op::kSet) {
-        acc[r][v] = vec{};
-      } else {
-        acc[r][v] = *reinterpret_cast<const vec*>(C + r * ldc + v * LANES);
-      }
-    }
-  }
-  for (int64_t k = 0; k < inner; ++k) {
-    ahead.step();
-    vec b[V];
-#pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) b[v] = *reinterpret_cast<const vec*>(B + k * ldb + v * LANES);
-#pragma GCC unroll 32
-    for (int r = 0; r < R; ++r) {
-      const T a = A[r * row_stride + k * inner_stride];
-#pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) {
-        if constexpr (OP == Op::kSubtract) {
-          acc[r][v] -= a * b[v];
-        } else {
-          acc[r][v] += a * b[v];
-        }
-      }
-    }
-  }
-#pragma GCC unroll 32
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) *reinterpret_cast<vec*>(C + r * ldc + v * LANES) = acc[r][v];
-  }
-}
-
-template <typename T, int BYTES, int ACC, int V, Op OP>
-ALWAYS_INLINE void column_strip(T* C, int64_t ldc, int64_t rows, const T* A, int64_t row_stride,
-                                int64_t inner_stride, int64_t inner, const T* B, int64_t ldb, Ahead& ahead) {
-  constexpr int R = ACC / V;
-  int64_t r = 0;
-  for (; r + R <= rows; r += R) {
-    tile<T, BYTES, R, V, OP>(C + r * ldc, ldc, A + r * row_stride, row_stride, inner_stride, inner, B, ldb,
-                             ahead);
-  }
-  for (; r < rows; ++r) {
-    tile<T, BYTES, 1, V, OP>(C + r * ldc, ldc, A + r * row_stride, row_stride, inner_stride, inner, B, ldb,
-                             ahead);
-  }
-}
 
 // ACC accumulators: as many as the register file holds beside one row of B and a broadcast.
 template <typename T, int BYTES, int ACC, Op OP>

@@ -49,12 +49,12 @@ class CpuSweep final : public FactorSweep {
     crew_.share(tasks + more, [&](int64_t task) {
       if (task < tasks) {
         const int64_t row = task * kTaskRows;
-        reflectors.apply_all(mode, L_ + p.rect + row * p.width, p.width, 1,
-                             K_ + (p.first + p.width + row) * ld, std::min(kTaskRows, p.below - row));
+        reflectors.apply_all(mode, L_ + p.rect + row * p.width, p.width, K_ + (p.first + p.width + row) * ld,
+                             std::min(kTaskRows, p.below - row));
       } else {
         const int64_t row = (task - tasks) * kTaskRows;  // a row of the identity is a column of rhs
-        reflectors.apply_all(mode, X_ + p.first * ld + row, 1, ld, K_ + (buffers_.padded + row) * ld,
-                             std::min(kTaskRows, buffers_.n - row));
+        reflectors.apply_columns(X_ + p.first * ld + row, ld, K_ + (buffers_.padded + row) * ld,
+                                 std::min(kTaskRows, buffers_.n - row));
       }
     });
     return true;
