@@ -1,14 +1,18 @@
-"""fp32 products with frozen weights on CPU, by oneDNN.
+"""fp32 products with frozen weights on CPU, by oneDNN where MKL is not at home.
 
-PyTorch gives fp32 products to MKL, which on other makers' processors stays with AVX2: 230 where oneDNN reaches
-500 Gflop/s on two Zen 5 cores, at the same precision (docs/notes/targets.md). The editor's passes are such products and
-little else. Nothing is copied or packed: oneDNN reads the module's own weight, transposed for the backward pass.
+PyTorch gives fp32 products to MKL, which on other makers' processors than Intel's stays with AVX2: 230 where oneDNN
+reaches 500 Gflop/s on two Zen 5 cores, at the same precision (docs/notes/targets.md). The editor's passes are such
+products and little else. Nothing is copied or packed: oneDNN reads the module's own weight, transposed for the backward
+pass.
 """
 
 from __future__ import annotations
 
+import functools
+import platform
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -61,6 +65,19 @@ def _forward_of(module: Any) -> Callable[[Tensor], Tensor]:
     return lambda x: linear(x, weight, bias)
 
 
+@functools.cache
+def mkl_is_at_home() -> bool:
+    """Whether torch has MKL and this is a processor of Intel's, on which its products are as fast as oneDNN's, and 1.3
+    times as fast backward."""
+    if not torch.backends.mkl.is_available():
+        return False
+    try:
+        about = Path("/proc/cpuinfo").read_text()
+    except OSError:  # no Linux
+        about = platform.processor() if platform.system() != "Darwin" else "GenuineIntel"  # MKL is for x86 alone
+    return "GenuineIntel" in about
+
+
 def _applies(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return (
         x.dtype == weight.dtype == torch.float32
@@ -72,6 +89,7 @@ def _applies(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and not weight.requires_grad
         and not (bias is not None and bias.requires_grad)
         and not torch.is_autocast_enabled("cpu")
+        and not mkl_is_at_home()
         and torch.backends.mkldnn.is_available()
         and torch._C._get_mkldnn_enabled()
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")

@@ -40,7 +40,7 @@ from coachhook_fast.tensor_parallel import is_tensor_parallel
 # A step's rows are padded to the longest of their group. Once a group has this many tokens a step, matrix products are
 # at their full rate, and a cluster that would lengthen it by more than this share begins a group of its own. On a GPU a
 # group also costs the recording of its step, worth some thousand tokens' work (docs/notes/targets.md).
-_ENOUGH_TOKENS = {"cpu": 128, "cuda": 4096}
+_ENOUGH_TOKENS = {"cpu": 256, "cuda": 4096}
 _LENGTHENING = 1.2
 
 # Without a learning rate of its own a request's δ moves by about this share of ||v0|| a step.

@@ -14,6 +14,12 @@ from coachhook_fast.products import fast_linears, linear
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="a torch without oneDNN")
 
 
+@pytest.fixture(autouse=True)
+def far_from_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On any maker's processor."""
+    monkeypatch.setattr(products, "mkl_is_at_home", lambda: False)
+
+
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
     """Shapes of the products that oneDNN was given."""
@@ -74,6 +80,13 @@ def test_wrong_shapes_get_torch_own_error_and_onednn_can_be_switched_off(calls: 
         linear(torch.randn(20, 8), torch.randn(3, 9))
     with torch.backends.mkldnn.flags(enabled=False):
         linear(torch.randn(20, 8), torch.randn(3, 8))
+    assert not calls
+
+
+def test_intel_processors_keep_mkl(calls: list[torch.Size], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "mkl_is_at_home", lambda: True)
+    x, weight = torch.randn(40, 24), torch.randn(8, 24)
+    torch.testing.assert_close(linear(x, weight), F.linear(x, weight), rtol=0, atol=0)
     assert not calls
 
 
