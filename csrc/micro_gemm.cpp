@@ -5,7 +5,6 @@
 namespace coachhook {
 namespace {
 
-// ACC accumulators: as many as the register file holds beside one row of B and a broadcast.
 template <typename T, int BYTES, int ACC, Op OP>
 ALWAYS_INLINE void gemm(T* C, int64_t ldc, int64_t rows, int64_t cols, const T* A, int64_t row_stride,
                         int64_t inner_stride, int64_t inner, const T* B, int64_t ldb, const T* soon,
@@ -31,42 +30,25 @@ ALWAYS_INLINE void gemm(T* C, int64_t ldc, int64_t rows, int64_t cols, const T* 
   }
 }
 
-#define COACHHOOK_ENTRY(NAME, TARGET, BYTES, ACC)                                                 \
-  template <typename T, Op OP>                                                                    \
-  TARGET void NAME(T* C, int64_t ldc, int64_t rows, int64_t cols, const T* A, int64_t row_stride, \
-                   int64_t inner_stride, int64_t inner, const T* B, int64_t ldb, const T* soon,   \
-                   int64_t soon_count) {                                                          \
-    gemm<T, BYTES, ACC, OP>(C, ldc, rows, cols, A, row_stride, inner_stride, inner, B, ldb, soon, \
-                            soon_count);                                                          \
+#define COACHHOOK_ENTRY(ISA, TARGET, BYTES, ACC)                                                        \
+  template <typename T, Op OP>                                                                          \
+  TARGET void gemm_##ISA(T* C, int64_t ldc, int64_t rows, int64_t cols, const T* A, int64_t row_stride, \
+                         int64_t inner_stride, int64_t inner, const T* B, int64_t ldb, const T* soon,   \
+                         int64_t soon_count) {                                                          \
+    gemm<T, BYTES, ACC, OP>(C, ldc, rows, cols, A, row_stride, inner_stride, inner, B, ldb, soon,       \
+                            soon_count);                                                                \
   }
 
-COACHHOOK_ENTRY(gemm_generic, , 16, 8)
-#if defined(__x86_64__)
-COACHHOOK_ENTRY(gemm_avx2, __attribute__((target("avx2,fma"))), 32, 12)
-COACHHOOK_ENTRY(gemm_avx512, __attribute__((target("avx512f,fma"))), 64, 24)
-#endif
-
-template <typename T>
-MicroGemm<T> choose() {
-#if defined(__x86_64__)
-  if (widest_isa() == Isa::kAvx512) {
-    return {gemm_avx512<T, Op::kSet>, gemm_avx512<T, Op::kAdd>, gemm_avx512<T, Op::kSubtract>, 64 / sizeof(T),
-            "avx512"};
-  }
-  if (widest_isa() == Isa::kAvx2) {
-    return {gemm_avx2<T, Op::kSet>, gemm_avx2<T, Op::kAdd>, gemm_avx2<T, Op::kSubtract>, 32 / sizeof(T),
-            "avx2"};
-  }
-#endif
-  return {gemm_generic<T, Op::kSet>, gemm_generic<T, Op::kAdd>, gemm_generic<T, Op::kSubtract>,
-          16 / sizeof(T), "generic"};
-}
+COACHHOOK_EACH_ISA(COACHHOOK_ENTRY)
 
 }  // namespace
 
 template <typename T>
 const MicroGemm<T>& micro_gemm() {
-  static const MicroGemm<T> chosen = choose<T>();
+  static const MicroGemm<T> chosen = {
+      COACHHOOK_WIDEST(gemm, T, Op::kSet), COACHHOOK_WIDEST(gemm, T, Op::kAdd),
+      COACHHOOK_WIDEST(gemm, T, Op::kSubtract), vector_bytes(widest_isa()) / static_cast<int64_t>(sizeof(T)),
+      name_of(widest_isa())};
   return chosen;
 }
 

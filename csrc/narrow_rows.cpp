@@ -130,42 +130,32 @@ struct Entries {
   void (*add)(T* sums, const T* rows, const T (&x)[4]);
 };
 
-#define COACHHOOK_ENTRY(NAME, TARGET, BYTES)                                                        \
-  template <typename T>                                                                             \
-  TARGET int64_t rows_##NAME(T* A, T* K, int64_t ld, int64_t rows, const NarrowReflectors<T>& by) { \
-    switch (by.n) {                                                                                 \
-      case 1:                                                                                       \
-        return rows_in_vectors<T, BYTES, 1>(A, K, ld, rows, by);                                    \
-      case 2:                                                                                       \
-        return rows_in_vectors<T, BYTES, 2>(A, K, ld, rows, by);                                    \
-      case 3:                                                                                       \
-        return rows_in_vectors<T, BYTES, 3>(A, K, ld, rows, by);                                    \
-      case 4:                                                                                       \
-        return rows_in_vectors<T, BYTES, 4>(A, K, ld, rows, by);                                    \
-      default:                                                                                      \
-        return 0;                                                                                   \
-    }                                                                                               \
-  }                                                                                                 \
-  template <typename T>                                                                             \
-  TARGET void add_##NAME(T* sums, const T* rows, const T(&x)[4]) {                                  \
-    add_four_rows<T, BYTES>(sums, rows, x);                                                         \
+#define COACHHOOK_ENTRY(ISA, TARGET, BYTES, ACC)                                                   \
+  template <typename T>                                                                            \
+  TARGET int64_t rows_##ISA(T* A, T* K, int64_t ld, int64_t rows, const NarrowReflectors<T>& by) { \
+    switch (by.n) {                                                                                \
+      case 1:                                                                                      \
+        return rows_in_vectors<T, BYTES, 1>(A, K, ld, rows, by);                                   \
+      case 2:                                                                                      \
+        return rows_in_vectors<T, BYTES, 2>(A, K, ld, rows, by);                                   \
+      case 3:                                                                                      \
+        return rows_in_vectors<T, BYTES, 3>(A, K, ld, rows, by);                                   \
+      case 4:                                                                                      \
+        return rows_in_vectors<T, BYTES, 4>(A, K, ld, rows, by);                                   \
+      default:                                                                                     \
+        return 0;                                                                                  \
+    }                                                                                              \
+  }                                                                                                \
+  template <typename T>                                                                            \
+  TARGET void add_##ISA(T* sums, const T* rows, const T(&x)[4]) {                                  \
+    add_four_rows<T, BYTES>(sums, rows, x);                                                        \
   }
 
-COACHHOOK_ENTRY(generic, , 16)
-#if defined(__x86_64__)
-COACHHOOK_ENTRY(avx2, __attribute__((target("avx2,fma"))), 32)
-COACHHOOK_ENTRY(avx512, __attribute__((target("avx512f,fma"))), 64)
-#endif
+COACHHOOK_EACH_ISA(COACHHOOK_ENTRY)
 
 template <typename T>
 const Entries<T>& entries() {
-  static const Entries<T> chosen = [] {
-#if defined(__x86_64__)
-    if (widest_isa() == Isa::kAvx512) return Entries<T>{rows_avx512<T>, add_avx512<T>};
-    if (widest_isa() == Isa::kAvx2) return Entries<T>{rows_avx2<T>, add_avx2<T>};
-#endif
-    return Entries<T>{rows_generic<T>, add_generic<T>};
-  }();
+  static const Entries<T> chosen = {COACHHOOK_WIDEST(rows, T), COACHHOOK_WIDEST(add, T)};
   return chosen;
 }
 

@@ -71,10 +71,11 @@ ALWAYS_INLINE void reflect_all(const BlockReflectors<T>& b, int64_t first, int64
   }
 }
 
-#define COACHHOOK_ENTRY(NAME, TARGET, BYTES, ACC)                                                         \
+#define COACHHOOK_ENTRY(ISA, TARGET, BYTES, ACC)                                                          \
   template <typename T>                                                                                   \
-  TARGET void NAME(const BlockReflectors<T>& b, int64_t first, int64_t step, int64_t count, bool upper,   \
-                   T* A, int64_t row_stride, T* K, int64_t rows, const T* soon, int64_t soon_count) {     \
+  TARGET void reflect_##ISA(const BlockReflectors<T>& b, int64_t first, int64_t step, int64_t count,      \
+                            bool upper, T* A, int64_t row_stride, T* K, int64_t rows, const T* soon,      \
+                            int64_t soon_count) {                                                         \
     if (upper) {                                                                                          \
       reflect_all<T, BYTES, ACC, true>(b, first, step, count, A, row_stride, K, rows, soon, soon_count);  \
     } else {                                                                                              \
@@ -82,26 +83,13 @@ ALWAYS_INLINE void reflect_all(const BlockReflectors<T>& b, int64_t first, int64
     }                                                                                                     \
   }
 
-COACHHOOK_ENTRY(reflect_generic, , 16, 8)
-#if defined(__x86_64__)
-COACHHOOK_ENTRY(reflect_avx2, __attribute__((target("avx2,fma"))), 32, 12)
-COACHHOOK_ENTRY(reflect_avx512, __attribute__((target("avx512f,fma"))), 64, 24)
-#endif
-
-template <typename T>
-ReflectFunction<T> choose() {
-#if defined(__x86_64__)
-  if (widest_isa() == Isa::kAvx512) return reflect_avx512<T>;
-  if (widest_isa() == Isa::kAvx2) return reflect_avx2<T>;
-#endif
-  return reflect_generic<T>;
-}
+COACHHOOK_EACH_ISA(COACHHOOK_ENTRY)
 
 }  // namespace
 
 template <typename T>
 ReflectFunction<T> reflect_rows() {
-  static const ReflectFunction<T> chosen = choose<T>();
+  static const ReflectFunction<T> chosen = COACHHOOK_WIDEST(reflect, T);
   return chosen;
 }
 

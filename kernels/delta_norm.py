@@ -71,13 +71,13 @@ def tile_product(
 @triton.jit
 def tile_length(
     x, rows, row_ok, x_row, begin, end,
-    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, STEP: tl.constexpr, DOWN: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """``[BLOCK_T]`` of ``||x[rows, D]||^2``, D as in `tile_product`."""
+    """``[BLOCK_T]`` of ``||x[rows, D]||^2``, D as in `tile_product`, from the end."""
     x_rows = x + rows.to(tl.int64)[:, None] * x_row
     square = tl.zeros((BLOCK_T, BLOCK_D), dtype=tl.float32)
     for start in tl.range(begin, end, STEP * BLOCK_D, num_stages=3):
-        at = columns(start, end, BLOCK_D, DOWN)
+        at = columns(start, end, BLOCK_D, True)
         a = tl.load(x_rows + at[None, :], mask=row_ok[:, None] & (at < end)[None, :], other=0.0).to(tl.float32)
         square += a * a
     return tl.sum(square, axis=1)
@@ -127,30 +127,15 @@ def project_kernel(
         # Programs of their own, at the same time as the product's: they find x in L2. (Squares of the product's own
         # tile would be cheaper, but Triton 3.6 then overwrites it in shared memory while wgmma still reads it.)
         if unit < SPLIT:
-            square = tile_length(x, token, row_ok, x_row, begin, d, BLOCK_T, BLOCK_D, SPLIT, True)
+            square = tile_length(x, token, row_ok, x_row, begin, d, BLOCK_T, BLOCK_D, SPLIT)
             tl.store(lengths + place, square, mask=row_ok)
             return
         unit -= SPLIT
     cols = unit // SPLIT * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tile_product(
-        x,
-        token,
-        row_ok,
-        x_row,
-        p,
-        cols,
-        cols < r,
-        p_row,
-        p_col,
-        begin,
-        d,
-        BLOCK_T,
-        BLOCK_N,
-        BLOCK_D,
-        False,
-        SPLIT,
-        True,
-    )
+        x, token, row_ok, x_row, p, cols, cols < r, p_row, p_col, begin, d,
+        BLOCK_T, BLOCK_N, BLOCK_D, False, SPLIT, True,
+    )  # fmt: skip
     tl.store(c + place[:, None] * c_row + cols[None, :], acc, mask=row_ok[:, None] & (cols < c_row)[None, :])
 
 
