@@ -2,8 +2,8 @@
 
 Savings that need no knowledge of a family's attention, masks or rotary embeddings, because the model's own code still
 runs around them: blocks whose output is known are skipped (`resume`), a pass ends once the last wanted block has spoken
-(`run(until=...)`), logits are computed where they are read (`gathered_logits`), and FFNs, most of a model's work, see
-no padding (`unpadded_ffns`).
+(`run(until=...)`), logits are computed where they are read (`gathered_logits`), and FFNs, most of a model's work,
+compute the tokens that matter (`ffns_at`).
 """
 
 from __future__ import annotations
@@ -180,12 +180,13 @@ class PartialModel:
             yield
 
     @contextmanager
-    def unpadded_ffns(self, places: Tensor | None) -> Iterator[None]:
-        """Within it the FFNs of known families compute only the tokens at `places` (see `real_places`), and answer 0
-        for others."""
+    def ffns_at(self, places: Tensor | None, blocks: Sequence[int] | None = None) -> Iterator[None]:
+        """Within it the FFNs of known families, of all `blocks` or of some, compute only the tokens at the flat
+        `places` (see `real_places`), and answer 0 for others. None: all tokens."""
         with ExitStack() as stack:
             if places is not None:
-                for ffn in self.layout.ffns(self.model):
+                ffns = self.layout.ffns(self.model)
+                for ffn in ffns if blocks is None else [ffns[index] for index in blocks]:
                     stack.enter_context(replaced_forward(ffn, _over(places, ffn.forward)))
             yield
 

@@ -8,25 +8,22 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from coachhook_fast.block_masks import BlockMasks, select_masks
 from coachhook_fast.config import EditConfig
-from coachhook_fast.forward import PartialModel, TokenBatch, align_rows, real_places
-from coachhook_fast.prefix_cache import PrefixCache
+from coachhook_fast.forward import PartialModel, align_rows
 from coachhook_fast.request import TokenisedRequest
+from coachhook_fast.step_rows import StepRows, step_rows
 
 
 @dataclass(frozen=True)
 class TargetRows:
     """The rows of some requests from the lookup position on, with all that comes before them as fixed tensors.
 
-    Request i has rows i·R … i·R + R − 1: its contexts with prompt and target and, unless every request has a context
-    that begins in the same way, "{subject} is a" last.
+    Rows are in the requests' order. A request has its contexts with prompt and target and, unless one of them begins in
+    the same way, "{subject} is a" last.
 
     Attributes:
-        hidden: [N, q, m] clean output of the last edited block from the lookup column on.
-        cache: keys and values of the columns before, in the blocks above.
-        masks: attention masks of the blocks; None where the model must make them in every pass.
-        places: where in the flattened [N, q] the tokens stand that are no padding; None where none is.
+        inputs: what the blocks above the last edited one run over.
+        row_request: [N] the request of every row.
         request, row, column, targets, weights: [P], one entry a predicted target token: its request, the row within
             the request, the column that predicts it (0 is the lookup position), the token, and its share of the loss
             (1 / contexts / target tokens).
@@ -34,12 +31,8 @@ class TargetRows:
             was without δ: the subject's last token of "{subject} is a" and, where it counts, the target's last token.
     """
 
-    tokens: TokenBatch
-    hidden: Tensor
-    cache: PrefixCache
-    masks: BlockMasks | None
-    places: Tensor | None
-    rows_each: int
+    inputs: StepRows
+    row_request: Tensor
     request: Tensor
     row: Tensor
     column: Tensor
@@ -67,7 +60,7 @@ class TargetRows:
         weights: list[float] = []
         fixed: list[tuple[int, int, int]] = []
         fixed_weights: list[float] = []
-        own_kl_row = any(needs_kl_row(tokens, whole_rows) for tokens in batch)
+        row_request: list[int] = []
         for position, tokens in enumerate(batch):
             for number, row in enumerate(tokens.rows):
                 continues = number == len(tokens.rows) - 1 and config.continuation_factor > 0
@@ -80,6 +73,7 @@ class TargetRows:
                 if continues:
                     fixed.append((position, number, first + len(row.target)))
                     fixed_weights.append(config.continuation_factor)
+            own_kl_row = whole_rows or tokens.row_like_kl is None  # whole rows' statistics differ
             if own_kl_row:
                 texts.append(list(tokens.kl.prompt if whole_rows else tokens.kl.prompt[: tokens.kl.lookup + 1]))
                 lookups.append(tokens.kl.lookup)
@@ -87,22 +81,13 @@ class TargetRows:
             assert like_kl is not None
             fixed.append((position, like_kl, 0))
             fixed_weights.append(config.kl_factor)
-        padded = align_rows(texts, lookups, pad_id, partial.device)
-        _, below = partial.run(padded.columns(0), until=last, outputs=[last])
-        hidden = below.outputs[last]
-        cache = PrefixCache.fill(partial, last, padded, hidden)
-        hidden, inputs = hidden[:, padded.lookup :], padded.columns(padded.lookup)
-        # The `sequence` gate, for which rows are whole, reads the model's own mask.
-        masks = None if whole_rows else partial.masks(inputs, hidden, **cache.options(partial.model))
+            row_request += [position] * (len(tokens.rows) + own_kl_row)
+        inputs = step_rows(partial, last, align_rows(texts, lookups, pad_id, partial.device), whole_rows)
         request, row_number, column, targets = torch.tensor(predictions, device=partial.device).unbind(1)
         fixed_request, fixed_row, fixed_column = torch.tensor(fixed, device=partial.device).unbind(1)
         return cls(
-            tokens=padded,
-            hidden=hidden,
-            cache=cache,
-            masks=masks,
-            places=real_places(padded.attention_mask[:, padded.lookup :]),
-            rows_each=len(batch[0].rows) + own_kl_row,
+            inputs=inputs,
+            row_request=torch.tensor(row_request, device=partial.device),
             request=request,
             row=row_number,
             column=column,
@@ -116,18 +101,14 @@ class TargetRows:
 
     def select(self, kept: Tensor) -> TargetRows:
         """The rows of the requests `kept` (positions, ascending)."""
-        rows = (kept[:, None] * self.rows_each + torch.arange(self.rows_each, device=kept.device)).flatten()
         renumbered = torch.full((int(self.request.max()) + 1,), -1, device=kept.device)
         renumbered[kept] = torch.arange(kept.numel(), device=kept.device)
         mine, fixed = renumbered[self.request] >= 0, self.fixed_of(kept)
-        tokens = self.tokens.select(rows)
+        row_request = renumbered[self.row_request]
         return replace(
             self,
-            tokens=tokens,
-            places=real_places(tokens.attention_mask[:, tokens.lookup :]),
-            masks=None if self.masks is None else select_masks(self.masks, rows),
-            hidden=self.hidden[rows],
-            cache=self.cache.select(rows),
+            inputs=self.inputs.select((row_request >= 0).nonzero()[:, 0]),
+            row_request=row_request[row_request >= 0],
             request=renumbered[self.request][mine],
             row=self.row[mine],
             column=self.column[mine],
@@ -139,11 +120,11 @@ class TargetRows:
             fixed_weights=self.fixed_weights[fixed],
         )
 
+    def places(self) -> tuple[Tensor, Tensor]:
+        """Row and column of every predicted target token, then of every fixed place: [P + F] each."""
+        first = torch.searchsorted(self.row_request, torch.cat([self.request, self.fixed_request]))
+        return first + torch.cat([self.row, self.fixed_row]), torch.cat([self.column, self.fixed_column])
+
     def fixed_of(self, kept: Tensor) -> Tensor:
         """[F] bool: the entries of the requests `kept`."""
         return torch.isin(self.fixed_request, kept)
-
-
-def needs_kl_row(tokens: TokenisedRequest, whole_rows: bool) -> bool:
-    """Whether the request's KL term needs a row of its own; where rows are whole their statistics differ."""
-    return whole_rows or tokens.row_like_kl is None

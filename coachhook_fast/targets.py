@@ -19,6 +19,7 @@ mean of the two. Such requests share one δ, which minimises the mean of their l
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -30,14 +31,15 @@ from coachhook_fast.budget import TokenBudget
 from coachhook_fast.config import EditConfig
 from coachhook_fast.distributed import workers
 from coachhook_fast.forward import PartialModel
+from coachhook_fast.packed_rows import packed_modules
 from coachhook_fast.progress import Bar
 from coachhook_fast.projected_adam import ProjectedAdam
 from coachhook_fast.repeated import Recording, Repeated
 from coachhook_fast.request import TokenisedRequest, by_subject
-from coachhook_fast.target_rows import TargetRows, needs_kl_row
+from coachhook_fast.target_rows import TargetRows
 from coachhook_fast.tensor_parallel import is_tensor_parallel
 
-# A step's rows are padded to the longest of their group. Once a group has this many tokens a step, matrix products are
+# Where rows are padded to the longest of their group: once a group has this many tokens a step, matrix products are
 # at their full rate, and a cluster that would lengthen it by more than this share begins a group of its own. On a GPU a
 # group also costs the recording of its step, worth some thousand tokens' work (docs/notes/targets.md).
 _ENOUGH_TOKENS = {"cpu": 256, "cuda": 4096}
@@ -104,13 +106,15 @@ def optimise(
     budget = budget or TokenBudget(config.max_batch_tokens, partial.device)
     recording = Recording(partial.model, wanted=graphs)
     # groups are what ranks share, so several ranks want many
-    enough = _ENOUGH_TOKENS["cpu" if world > 1 or partial.device.type != "cuda" else "cuda"]
-    waiting = _groups(clusters, batch, budget.tokens, enough, whole_rows)[rank::world]
+    enough: float = _ENOUGH_TOKENS["cpu" if world > 1 or partial.device.type != "cuda" else "cuda"]
+    if world == 1 and packed_modules(partial, last, whole_rows) is not None:
+        enough = math.inf
+    waiting = _groups(clusters, batch, budget.tokens, enough)[rank::world]
     together = is_tensor_parallel(partial.model)  # all ranks are in one group, whatever the memory of one shows
     while waiting:
         if not together:  # what is left, by what the groups so far have shown
             left = [cluster for group in waiting for cluster in group]
-            waiting = _groups(left, batch, budget.tokens, enough, whole_rows)
+            waiting = _groups(left, batch, budget.tokens, enough)
         group = waiting.pop(0)
         members = [index for cluster in group for index in cluster]
         tokens = _padded_tokens(members, batch)
@@ -118,7 +122,7 @@ def optimise(
             with budget.measured(tokens):
                 rows = TargetRows.build(partial, last, [batch[index] for index in members], config, pad_id, whole_rows)
                 sizes = [len(cluster) for cluster in group]
-                if rows.masks is None:
+                if rows.inputs.masks is None:
                     recording.refuse("the model must make its attention masks in every pass")
                 found = _Problem(partial, last, rows, v0[:, members].T, sizes, config, recording).solve()
         except torch.OutOfMemoryError:
@@ -244,20 +248,7 @@ class _Problem:
         """[n] losses of the n requests at hand."""
         rows = self.rows
         shifts = self.adam.rows.index_select(0, self.cluster)
-        per_row = shifts[:, None].expand(-1, rows.rows_each, -1).flatten(0, 1).to(rows.hidden.dtype)
-        hidden = torch.cat([(rows.hidden[:, :1] + per_row[:, None]), rows.hidden[:, 1:]], dim=1)
-        at_rows = torch.cat(
-            [rows.request * rows.rows_each + rows.row, rows.fixed_request * rows.rows_each + rows.fixed_row]
-        )
-        at_columns = torch.cat([rows.column, rows.fixed_column])
-        with self.partial.gathered_logits(at_rows, at_columns), self.partial.unpadded_ffns(rows.places):
-            result, _ = self.partial.run(
-                rows.tokens.columns(rows.tokens.lookup),
-                resume=(self.last, hidden),
-                masks=rows.masks,
-                **rows.cache.options(self.partial.model),
-            )
-        logits = result.logits[0]
+        logits = rows.inputs.logits(shifts.index_select(0, rows.row_request), *rows.places())
         logits = logits.to(shifts.device, torch.promote_types(logits.dtype, torch.float32))
         log_p = logits[: rows.targets.numel()].log_softmax(-1)
         nll = -log_p.gather(1, rows.targets[:, None])[:, 0] * rows.weights.to(log_p.dtype)
@@ -271,25 +262,22 @@ class _Problem:
 
 
 def _groups(
-    clusters: Sequence[list[int]], batch: Sequence[TokenisedRequest], max_tokens: int, enough: int, whole_rows: bool
+    clusters: Sequence[list[int]], batch: Sequence[TokenisedRequest], max_tokens: int, enough: float
 ) -> list[list[list[int]]]:
-    """Clusters of like length together, at most `max_tokens` padded tokens a group (one cluster at least), those that
-    need a row for their KL term apart from those that do not. `enough`: tokens of a step after which length matters."""
-    after = {i: _from_lookup(tokens) for i, tokens in enumerate(batch)}
-    extra = {index: needs_kl_row(tokens, whole_rows) for index, tokens in enumerate(batch)}
+    """Clusters of like length together, at most `max_tokens` padded tokens a group (one cluster at least). `enough`:
+    tokens of a step after which length matters."""
 
-    def kind(cluster: list[int]) -> tuple[bool, int]:
-        return any(extra[i] for i in cluster), max(after[i] for i in cluster)
+    def length(cluster: Sequence[int]) -> int:
+        return max(_from_lookup(batch[i]) for i in cluster)
 
     def fits(group: Sequence[list[int]], cluster: list[int]) -> bool:
-        (extra_row, shortest), (own_extra_row, length) = kind(group[0]), kind(cluster)
+        shortest = length(group[0])
         step_tokens = sum(len(batch[i].rows) for members in group for i in members) * shortest
-        lengthens = step_tokens >= enough and length > _LENGTHENING * shortest
-        members = [i for one in (*group, cluster) for i in one]
-        return extra_row == own_extra_row and not lengthens and _padded_tokens(members, batch) <= max_tokens
+        lengthens = step_tokens >= enough and length(cluster) > _LENGTHENING * shortest
+        return not lengthens and _padded_tokens([i for one in (*group, cluster) for i in one], batch) <= max_tokens
 
     groups: list[list[list[int]]] = []
-    for cluster in sorted(clusters, key=kind):
+    for cluster in sorted(clusters, key=length):
         if groups and fits(groups[-1], cluster):
             groups[-1].append(cluster)
         else:

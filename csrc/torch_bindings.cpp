@@ -8,6 +8,7 @@
 #include <exception>
 #include <string>
 
+#include "block_parts.h"
 #include "cholesky.h"
 #ifdef COACHHOOK_CUDA
 #include "cuda/gated_linear_cuda.h"
@@ -15,6 +16,7 @@
 #endif
 #include "gated_linear.h"
 #include "micro_gemm.h"
+#include "packed_attention.h"
 #include "packed_factor.h"
 
 namespace py = pybind11;
@@ -67,6 +69,13 @@ TORCH_LIBRARY_IMPL(coachhook, CPU, m) {
   m.impl("correct", &coachhook::correct);
   m.impl("gated_delta", &coachhook::gated_delta);
   m.impl("gated_linear", &coachhook::gated_linear);
+  m.impl("rms_norm", &coachhook::rms_norm);
+  m.impl("rms_norm_backward", &coachhook::rms_norm_backward);
+  m.impl("silu_product", &coachhook::silu_product);
+  m.impl("silu_product_backward", &coachhook::silu_product_backward);
+  m.impl("rotary", &coachhook::rotary);
+  m.impl("packed_attention", &coachhook::packed_attention);
+  m.impl("packed_attention_backward", &coachhook::packed_attention_backward);
 }
 
 // The factor's sweep is written over ATen for every other device.

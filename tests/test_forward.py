@@ -82,7 +82,7 @@ def test_ffns_without_padding_change_no_real_token(family: str) -> None:
         lambda _, args: seen.append(args[0].flatten(0, -2).shape[0])
     )
     whole = partial.model(**batch.columns(0)).logits
-    with partial.unpadded_ffns(real_places(real)):
+    with partial.ffns_at(real_places(real)):
         result, _ = partial.run(batch.columns(0))
     partial.model(**batch.columns(0))
     handle.remove()
@@ -98,7 +98,7 @@ def test_ffns_of_unknown_families_keep_their_padding() -> None:
     names = {"layer_module_tmp": "model.layers.{}", "rewrite_module_tmp": "model.layers.{}.mlp.down_proj"}
     partial, batch = PartialModel(model, layout_of(model, **names)), setup("llama")[1]
     whole = model(**batch.columns(0)).logits
-    with partial.unpadded_ffns(real_places(batch.attention_mask)):
+    with partial.ffns_at(real_places(batch.attention_mask)):
         result, _ = partial.run(batch.columns(0))
     torch.testing.assert_close(result.logits, whole, rtol=0, atol=0)
 
