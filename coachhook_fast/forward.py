@@ -45,6 +45,13 @@ class TokenBatch:
             "position_ids": self.position_ids[:, start:],
         }
 
+    def places(self, start: int = 0, stop: int | None = None) -> Tensor | None:
+        """Where in the flattened [N, stop - start] columns the tokens stand that are no padding; None where none is.
+        It asks the device how many there are."""
+        mask = self.attention_mask[:, start:stop]
+        places = mask.flatten().nonzero()[:, 0]
+        return places if places.numel() < mask.numel() else None
+
     def select(self, rows: Tensor) -> TokenBatch:
         return TokenBatch(self.input_ids[rows], self.attention_mask[rows], self.position_ids[rows], self.lookup)
 
@@ -61,12 +68,6 @@ def align_rows(rows: Sequence[Sequence[int]], lookups: Sequence[int], pad_id: in
         mask[index, start : start + len(row)] = 1
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     return TokenBatch(input_ids.to(device), mask.to(device), positions.to(device), column)
-
-
-def real_places(mask: Tensor) -> Tensor | None:
-    """Where in the flattened `mask` [N, T] the tokens stand that are no padding; None where none is."""
-    places = mask.flatten().nonzero()[:, 0]
-    return places if places.numel() < mask.numel() else None
 
 
 @dataclass
@@ -112,6 +113,7 @@ class PartialModel:
         keys: Sequence[int] = (),
         outputs: Sequence[int] = (),
         masks: BlockMasks | None = None,
+        places: Tensor | None = None,
         **options: Any,
     ) -> tuple[Any, Recorded]:
         """One forward pass.
@@ -122,12 +124,17 @@ class PartialModel:
             until: last block to compute; the pass then ends and its result is None.
             keys: blocks whose down-projection input to keep; outputs: blocks whose output to keep.
             masks: what `masks` answered for the same tokens; the model then makes none.
+            places: of the tokens that are no padding (`TokenBatch.places`); FFNs then compute no others, but where keys
+                are kept or a down-projection is wrapped, by a hook layer for one.
             options: further arguments of the model's forward.
         """
         recorded = Recorded()
         with fast_linears(self.model), ExitStack() as stack:
             if resume is not None:
                 stack.enter_context(self._resumed(*resume))
+            if places is not None:
+                bare = [i for i in range(len(self.blocks)) if i not in keys and not self._is_wrapped(i)]
+                stack.enter_context(self.ffns_at(places, bare))
             if masks is not None:
                 stack.enter_context(given_masks(self.blocks, masks))
                 # transformers passes a mask of four dimensions on as it is.
@@ -180,15 +187,17 @@ class PartialModel:
             yield
 
     @contextmanager
-    def ffns_at(self, places: Tensor | None, blocks: Sequence[int] | None = None) -> Iterator[None]:
-        """Within it the FFNs of known families, of all `blocks` or of some, compute only the tokens at the flat
-        `places` (see `real_places`), and answer 0 for others. None: all tokens."""
+    def ffns_at(self, places: Tensor, blocks: Sequence[int]) -> Iterator[None]:
+        """Within it the FFNs of `blocks`, in known families, compute only the tokens at the flat `places` and answer 0
+        for others."""
+        ffns = self.layout.ffns(self.model)
         with ExitStack() as stack:
-            if places is not None:
-                ffns = self.layout.ffns(self.model)
-                for ffn in ffns if blocks is None else [ffns[index] for index in blocks]:
-                    stack.enter_context(replaced_forward(ffn, _over(places, ffn.forward)))
+            for ffn in [ffns[index] for index in blocks] if ffns else []:
+                stack.enter_context(replaced_forward(ffn, _over(places, ffn.forward)))
             yield
+
+    def _is_wrapped(self, index: int) -> bool:
+        return hasattr(self.layout.down_projection(self.model, index), "base_layer")
 
     def _keep_output(self, index: int, recorded: Recorded) -> Any:
         def keep(_: nn.Module, args: Any, output: Any) -> None:

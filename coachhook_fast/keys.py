@@ -102,6 +102,7 @@ class KeyCollector:
             until=wanted if last is None else last,
             keys=[wanted],
             outputs=sorted(keep),
+            places=chunk.places(),
         )
         if wanted > 0:
             self._resume[index] = (wanted - 1, found.outputs[wanted - 1])
@@ -120,7 +121,7 @@ def outputs_at(partial: PartialModel, last: int, rows: Sequence[TokenRow], *, pa
     """[m, rows], output of block `last` at the lookup positions of `rows`, with the hooks as they are."""
     parts = []
     for chunk in _chunks([(row.prompt, row.lookup) for row in rows], 1, max_tokens, pad_id, partial.device):
-        _, found = partial.run(chunk.columns(0), until=last, outputs=[last])
+        _, found = partial.run(chunk.columns(0), until=last, outputs=[last], places=chunk.places())
         parts.append(found.outputs[last][:, chunk.lookup])
     return torch.cat(parts).T
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from coachhook_fast.block_masks import BlockMasks, select_masks
-from coachhook_fast.forward import PartialModel, TokenBatch, real_places
+from coachhook_fast.forward import PartialModel, TokenBatch
 from coachhook_fast.prefix_cache import PrefixCache
 
 
@@ -20,7 +20,7 @@ class PaddedRows:
         hidden: [N, q, m] clean output of block `last` from the lookup column on.
         cache: keys and values of the columns before, in the blocks above.
         masks: attention masks of the blocks; None where the model must make them in every pass.
-        places: where in the flattened [N, q] the tokens stand that are no padding; None where none is.
+        places: `tokens.places` from the lookup column on, found once and not in every step.
     """
 
     partial: PartialModel
@@ -34,23 +34,23 @@ class PaddedRows:
     @classmethod
     def of(cls, partial: PartialModel, last: int, tokens: TokenBatch, whole_rows: bool) -> PaddedRows:
         """The rows `tokens`. `whole_rows`: the `sequence` gate is at work, which reads the model's own mask."""
-        _, below = partial.run(tokens.columns(0), until=last, outputs=[last])
+        _, below = partial.run(tokens.columns(0), until=last, outputs=[last], places=tokens.places())
         hidden = below.outputs[last]
         cache = PrefixCache.fill(partial, last, tokens, hidden)
         hidden, inputs = hidden[:, tokens.lookup :], tokens.columns(tokens.lookup)
         masks = None if whole_rows else partial.masks(inputs, hidden, **cache.options(partial.model))
-        return cls(partial, last, tokens, hidden, cache, masks, _places(tokens))
+        return cls(partial, last, tokens, hidden, cache, masks, tokens.places(tokens.lookup))
 
     def logits(self, shifts: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         hidden = self.hidden
         shifted = torch.cat([hidden[:, :1] + shifts.to(hidden.dtype)[:, None], hidden[:, 1:]], dim=1)
-        partial = self.partial
-        with partial.gathered_logits(rows, columns), partial.ffns_at(self.places):
-            result, _ = partial.run(
+        with self.partial.gathered_logits(rows, columns):
+            result, _ = self.partial.run(
                 self.tokens.columns(self.tokens.lookup),
                 resume=(self.last, shifted),
                 masks=self.masks,
-                **self.cache.options(partial.model),
+                places=self.places,
+                **self.cache.options(self.partial.model),
             )
         logits: Tensor = result.logits[0]
         return logits
@@ -63,10 +63,5 @@ class PaddedRows:
             hidden=self.hidden[kept],
             cache=self.cache.select(kept),
             masks=None if self.masks is None else select_masks(self.masks, kept),
-            places=_places(tokens),
+            places=tokens.places(tokens.lookup),
         )
-
-
-def _places(tokens: TokenBatch) -> Tensor | None:
-    """Once, and not in every step: it asks the device how many there are."""
-    return real_places(tokens.attention_mask[:, tokens.lookup :])

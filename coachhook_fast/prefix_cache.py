@@ -59,7 +59,8 @@ class PrefixCache:
             "position_ids": tokens.position_ids[:, :columns],
         }
         options: dict[str, Any] = {"use_cache": True, cache_argument(partial.model): Cache(layers=layers)}
-        partial.run(inputs, resume=(last, hidden[:, :columns]), until=len(partial.blocks) - 1, **options)
+        start, end = (last, hidden[:, :columns]), len(partial.blocks) - 1
+        partial.run(inputs, resume=start, until=end, places=tokens.places(stop=columns), **options)
         # The `sequence` gate keeps its running state in further layers behind those of the blocks.
         above = layers[last + 1 : len(partial.blocks)]
         return cls(

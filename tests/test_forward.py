@@ -8,7 +8,7 @@ from tiny import FAMILIES, tiny_model
 
 from coachhook_fast.architectures import layout_of
 from coachhook_fast.block_masks import select_masks
-from coachhook_fast.forward import PartialModel, align_rows, frozen, real_places
+from coachhook_fast.forward import PartialModel, align_rows, frozen
 from coachhook_fast.prefix_cache import PrefixCache
 
 ROWS = [[5, 9, 30, 41, 7, 8], [11, 12, 13], [60, 61, 62, 63, 64, 65, 66, 67, 68, 69, 70, 71], [99]]
@@ -82,13 +82,18 @@ def test_ffns_without_padding_change_no_real_token(family: str) -> None:
         lambda _, args: seen.append(args[0].flatten(0, -2).shape[0])
     )
     whole = partial.model(**batch.columns(0)).logits
-    with partial.ffns_at(real_places(real)):
-        result, _ = partial.run(batch.columns(0))
+    result, _ = partial.run(batch.columns(0), places=batch.places())
     partial.model(**batch.columns(0))
     handle.remove()
     torch.testing.assert_close(result.logits[real == 1], whole[real == 1], rtol=1e-4, atol=1e-5)
     assert seen == [real.numel(), int(real.sum()), real.numel()]  # before, within and after
     assert int(real.sum()) < real.numel()
+    assert batch.select(torch.tensor([2])).places(stop=12) is None  # that row has no padding
+    with_keys = partial.run(batch.columns(0), keys=[1], outputs=[1], places=batch.places())[1]
+    padded = partial.run(batch.columns(0), keys=[1], outputs=[1])[1]
+    assert with_keys.keys[1].shape == padded.keys[1].shape  # where keys are kept nothing is taken out
+    for kept, other in ((with_keys.keys[1], padded.keys[1]), (with_keys.outputs[1], padded.outputs[1])):
+        torch.testing.assert_close(kept[real == 1], other[real == 1], rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
@@ -98,8 +103,7 @@ def test_ffns_of_unknown_families_keep_their_padding() -> None:
     names = {"layer_module_tmp": "model.layers.{}", "rewrite_module_tmp": "model.layers.{}.mlp.down_proj"}
     partial, batch = PartialModel(model, layout_of(model, **names)), setup("llama")[1]
     whole = model(**batch.columns(0)).logits
-    with partial.ffns_at(real_places(batch.attention_mask)):
-        result, _ = partial.run(batch.columns(0))
+    result, _ = partial.run(batch.columns(0), places=batch.places())
     torch.testing.assert_close(result.logits, whole, rtol=0, atol=0)
 
 
