@@ -29,71 +29,93 @@ ALWAYS_INLINE void reflect(const NarrowReflectors<T>& by, int64_t c, vec (&t)[V]
   }
 }
 
-// V vectors of rows at a time: as many as hide a column's latency behind each other.
+// Rows that go through the columns together, V vectors of them: as many as hide a column's latency behind
+// each other.
+constexpr int V = 2;
+
+template <typename T, int BYTES>
+constexpr int64_t kGroup = V * BYTES / sizeof(T);
+
+// A group of rows, row(0) .. , over the first `width` columns, with their keys K. What lies `ahead` is on its
+// way to the second cache meanwhile: the first one has too few requests under way to keep up with the memory.
+template <typename T, int BYTES, int N, typename Row>
+ALWAYS_INLINE void group_of_rows(const Row& row, int64_t width, const T* ahead, T* K, int64_t ld,
+                                 const NarrowReflectors<T>& by) {
+  using vec = typename Vector<T, BYTES>::type;
+  constexpr int LANES = BYTES / sizeof(T), GROUP = kGroup<T, BYTES>;
+  vec k[N][V] = {};
+#pragma GCC unroll 4
+  for (int i = 0; i < N; ++i) {
+#pragma GCC unroll 32
+    for (int r = 0; r < GROUP; ++r) k[i][r / LANES][r % LANES] = K[r * ld + i];
+  }
+  for (int64_t c = 0; c < width; c += LANES) {
+    for (int64_t i = 0; ahead != nullptr && i < GROUP * LANES; i += 64 / sizeof(T)) {
+      __builtin_prefetch(ahead + GROUP * c + i, 0, 2);
+    }
+    vec t[V][LANES];
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) {
+#pragma GCC unroll 16
+      for (int r = 0; r < LANES; ++r) t[v][r] = *reinterpret_cast<const vec*>(row(v * LANES + r) + c);
+      Transpose<T, BYTES>::run(t[v]);
+    }
+#pragma GCC unroll 16
+    for (int j = 0; j < LANES; ++j) {
+      vec column[V];
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) column[v] = t[v][j];
+      reflect<N>(by, c + j, column, k);
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) t[v][j] = column[v];
+    }
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) {
+      Transpose<T, BYTES>::run(t[v]);
+#pragma GCC unroll 16
+      for (int r = 0; r < LANES; ++r) *reinterpret_cast<vec*>(row(v * LANES + r) + c) = t[v][r];
+    }
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < N; ++i) {
+#pragma GCC unroll 32
+    for (int r = 0; r < GROUP; ++r) K[r * ld + i] = k[i][r / LANES][r % LANES];
+  }
+}
+
+// Whole groups of the rows A [rows, kPanel]; how many rows they were.
 template <typename T, int BYTES, int N>
 ALWAYS_INLINE int64_t rows_in_vectors(T* A, T* K, int64_t ld, int64_t rows, const NarrowReflectors<T>& by) {
-  using vec = typename Vector<T, BYTES>::type;
-  constexpr int LANES = BYTES / sizeof(T), V = 2, GROUP = V * LANES;
+  constexpr int64_t GROUP = kGroup<T, BYTES>, AHEAD = 4 * GROUP * kPanel;
   int64_t done = 0;
   for (; done + GROUP <= rows; done += GROUP) {
     T* a = A + done * kPanel;
-    T* keys = K + done * ld;
-    const bool more = done + 2 * GROUP <= rows;
-    vec k[N][V] = {};
-#pragma GCC unroll 4
-    for (int i = 0; i < N; ++i) {
-#pragma GCC unroll 32
-      for (int r = 0; r < GROUP; ++r) k[i][r / LANES][r % LANES] = keys[r * ld + i];
-    }
-    for (int64_t c = 0; c < kPanel; c += LANES) {
-      if (more) {
-        const T* next = a + GROUP * (kPanel + c);
-        for (int64_t ahead = 0; ahead < GROUP * LANES; ahead += 64 / sizeof(T))
-          __builtin_prefetch(next + ahead);
-      }
-      vec t[V][LANES];
-#pragma GCC unroll 2
-      for (int v = 0; v < V; ++v) {
-#pragma GCC unroll 16
-        for (int r = 0; r < LANES; ++r) {
-          t[v][r] = *reinterpret_cast<const vec*>(a + (v * LANES + r) * kPanel + c);
-        }
-        Transpose<T, BYTES>::run(t[v]);
-      }
-#pragma GCC unroll 16
-      for (int j = 0; j < LANES; ++j) {
-        vec column[V];
-#pragma GCC unroll 2
-        for (int v = 0; v < V; ++v) column[v] = t[v][j];
-        reflect<N>(by, c + j, column, k);
-#pragma GCC unroll 2
-        for (int v = 0; v < V; ++v) t[v][j] = column[v];
-      }
-#pragma GCC unroll 2
-      for (int v = 0; v < V; ++v) {
-        Transpose<T, BYTES>::run(t[v]);
-#pragma GCC unroll 16
-        for (int r = 0; r < LANES; ++r) {
-          *reinterpret_cast<vec*>(a + (v * LANES + r) * kPanel + c) = t[v][r];
-        }
-      }
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < N; ++i) {
-#pragma GCC unroll 32
-      for (int r = 0; r < GROUP; ++r) keys[r * ld + i] = k[i][r / LANES][r % LANES];
-    }
+    // behind the last row too: most likely the next task's
+    group_of_rows<T, BYTES, N>([a](int64_t r) { return a + r * kPanel; }, kPanel, a + AHEAD, K + done * ld,
+                               ld, by);
   }
   return done;
 }
 
-// sums [kPanel] += rows^T x for rows [4, kPanel], in the order in which they lie: memory's own prefetchers
-// follow.
+// The group of rows of a packed triangle that begins with row `first`, over the columns before it.
+template <typename T, int BYTES, int N>
+ALWAYS_INLINE void triangle_in_vectors(T* packed, int64_t first, T* K, int64_t ld,
+                                       const NarrowReflectors<T>& by) {
+  group_of_rows<T, BYTES, N>([=](int64_t r) { return packed + packed_size(first + r); }, first, nullptr,
+                             K + first * ld, ld, by);
+}
+
+constexpr int64_t kAhead = 32;  // rows
+
+// sums [kPanel] += rows^T x for rows [4, kPanel].
 template <typename T, int BYTES>
 ALWAYS_INLINE void add_four_rows(T* sums, const T* rows, const T (&x)[4]) {
   using vec = typename Vector<T, BYTES>::type;
   for (int64_t c = 0; c < kPanel; c += BYTES / sizeof(T)) {
     vec sum = *reinterpret_cast<const vec*>(sums + c);
+    for (int64_t i = 0; i < 4 * BYTES; i += 64) {
+      __builtin_prefetch(reinterpret_cast<const char*>(rows + kAhead * kPanel + 4 * c) + i);
+    }
 #pragma GCC unroll 4
     for (int r = 0; r < 4; ++r) sum += x[r] * *reinterpret_cast<const vec*>(rows + r * kPanel + c);
     *reinterpret_cast<vec*>(sums + c) = sum;
@@ -102,37 +124,52 @@ ALWAYS_INLINE void add_four_rows(T* sums, const T* rows, const T (&x)[4]) {
 
 template <typename T>
 struct Entries {
-  // rows done; what is left is less than two vectors
+  int64_t group;
+  // rows done; what is left is less than a group
   int64_t (*rows)(T* A, T* K, int64_t ld, int64_t rows, const NarrowReflectors<T>& by);
+  void (*triangle)(T* packed, int64_t first, T* K, int64_t ld, const NarrowReflectors<T>& by);
   void (*add)(T* sums, const T* rows, const T (&x)[4]);
 };
 
-#define COACHHOOK_ENTRY(ISA, TARGET, BYTES, ACC)                                                   \
-  template <typename T>                                                                            \
-  TARGET int64_t rows_##ISA(T* A, T* K, int64_t ld, int64_t rows, const NarrowReflectors<T>& by) { \
-    switch (by.n) {                                                                                \
-      case 1:                                                                                      \
-        return rows_in_vectors<T, BYTES, 1>(A, K, ld, rows, by);                                   \
-      case 2:                                                                                      \
-        return rows_in_vectors<T, BYTES, 2>(A, K, ld, rows, by);                                   \
-      case 3:                                                                                      \
-        return rows_in_vectors<T, BYTES, 3>(A, K, ld, rows, by);                                   \
-      case 4:                                                                                      \
-        return rows_in_vectors<T, BYTES, 4>(A, K, ld, rows, by);                                   \
-      default:                                                                                     \
-        return 0;                                                                                  \
-    }                                                                                              \
-  }                                                                                                \
-  template <typename T>                                                                            \
-  TARGET void add_##ISA(T* sums, const T* rows, const T(&x)[4]) {                                  \
-    add_four_rows<T, BYTES>(sums, rows, x);                                                        \
+#define COACHHOOK_ENTRY(ISA, TARGET, BYTES, ACC)                                                          \
+  template <typename T>                                                                                   \
+  TARGET int64_t rows_##ISA(T* A, T* K, int64_t ld, int64_t rows, const NarrowReflectors<T>& by) {        \
+    switch (by.n) {                                                                                       \
+      case 1:                                                                                             \
+        return rows_in_vectors<T, BYTES, 1>(A, K, ld, rows, by);                                          \
+      case 2:                                                                                             \
+        return rows_in_vectors<T, BYTES, 2>(A, K, ld, rows, by);                                          \
+      case 3:                                                                                             \
+        return rows_in_vectors<T, BYTES, 3>(A, K, ld, rows, by);                                          \
+      case 4:                                                                                             \
+        return rows_in_vectors<T, BYTES, 4>(A, K, ld, rows, by);                                          \
+      default:                                                                                            \
+        return 0;                                                                                         \
+    }                                                                                                     \
+  }                                                                                                       \
+  template <typename T>                                                                                   \
+  TARGET void triangle_##ISA(T* packed, int64_t first, T* K, int64_t ld, const NarrowReflectors<T>& by) { \
+    static_assert(kNarrowKeys == 4);                                                                      \
+    if (by.n == 1) return triangle_in_vectors<T, BYTES, 1>(packed, first, K, ld, by);                     \
+    if (by.n == 2) return triangle_in_vectors<T, BYTES, 2>(packed, first, K, ld, by);                     \
+    if (by.n == 3) return triangle_in_vectors<T, BYTES, 3>(packed, first, K, ld, by);                     \
+    triangle_in_vectors<T, BYTES, 4>(packed, first, K, ld, by);                                           \
+  }                                                                                                       \
+  template <typename T>                                                                                   \
+  TARGET void add_##ISA(T* sums, const T* rows, const T(&x)[4]) {                                         \
+    add_four_rows<T, BYTES>(sums, rows, x);                                                               \
+  }                                                                                                       \
+  template <typename T>                                                                                   \
+  constexpr int64_t group_##ISA() {                                                                       \
+    return kGroup<T, BYTES>;                                                                              \
   }
 
 COACHHOOK_EACH_ISA(COACHHOOK_ENTRY)
 
 template <typename T>
 const Entries<T>& entries() {
-  static const Entries<T> chosen = {COACHHOOK_WIDEST(rows, T), COACHHOOK_WIDEST(add, T)};
+  static const Entries<T> chosen = {COACHHOOK_WIDEST(group, T)(), COACHHOOK_WIDEST(rows, T),
+                                    COACHHOOK_WIDEST(triangle, T), COACHHOOK_WIDEST(add, T)};
   return chosen;
 }
 
@@ -140,10 +177,10 @@ const Entries<T>& entries() {
 
 template <typename T>
 template <int N>
-void NarrowReflectors<T>::apply_row_of(T* A, int64_t stride, int64_t width, T* keys) const {
+void NarrowReflectors<T>::apply_row_of(T* A, int64_t stride, int64_t first, int64_t end, T* keys) const {
   T k[N][1];
   for (int i = 0; i < N; ++i) k[i][0] = keys[i];
-  for (int64_t c = 0; c < width; ++c) {
+  for (int64_t c = first; c < end; ++c) {
     T a[1] = {A[c * stride]};
     reflect<N>(*this, c, a, k);
     A[c * stride] = a[0];
@@ -152,26 +189,33 @@ void NarrowReflectors<T>::apply_row_of(T* A, int64_t stride, int64_t width, T* k
 }
 
 template <typename T>
-void NarrowReflectors<T>::apply_row(T* A, int64_t stride, int64_t width, T* k) const {
+void NarrowReflectors<T>::apply_row(T* A, int64_t stride, int64_t first, int64_t end, T* k) const {
   static_assert(kNarrowKeys == 4);
-  if (n == 1) return apply_row_of<1>(A, stride, width, k);
-  if (n == 2) return apply_row_of<2>(A, stride, width, k);
-  if (n == 3) return apply_row_of<3>(A, stride, width, k);
-  apply_row_of<4>(A, stride, width, k);
+  if (n == 1) return apply_row_of<1>(A, stride, first, end, k);
+  if (n == 2) return apply_row_of<2>(A, stride, first, end, k);
+  if (n == 3) return apply_row_of<3>(A, stride, first, end, k);
+  apply_row_of<4>(A, stride, first, end, k);
 }
 
 template <typename T>
 void NarrowReflectors<T>::apply_rows(T* A, T* K, int64_t ld, int64_t rows) const {
   int64_t row = entries<T>().rows(A, K, ld, rows, *this);
-  for (; row < rows; ++row) apply_row(A + row * kPanel, 1, kPanel, K + row * ld);
+  for (; row < rows; ++row) apply_row(A + row * kPanel, 1, 0, kPanel, K + row * ld);
 }
 
 template <typename T>
 bool NarrowReflectors<T>::transform_triangle(Mode mode, T* packed, int64_t width, T* K, int64_t ld) {
   T* row = packed;
+  int64_t done = 0;  // columns that the rows at hand have behind them
   for (int64_t r = 0; r < width; row += ++r) {
+    if (r % entries<T>().group == 0 && r + entries<T>().group <= width) {
+      entries<T>().triangle(packed, r, K, ld, *this);
+      done = r;
+    } else if (r % entries<T>().group == 0) {
+      done = 0;
+    }
     T* k = K + r * ld;
-    apply_row(row, 1, r, k);
+    apply_row(row, 1, done, r, k);
     T square = 0;
     for (int64_t i = 0; i < n; ++i) square += k[i] * k[i];
     const T l = row[r], norm = std::sqrt(square);

@@ -32,8 +32,8 @@ struct NarrowReflectors {
   // Transforms the panel's packed triangle of `width` rows and their keys K [width, ld], and fills the
   // columns. Afterwards K holds the w's. False when a downdate meets a pivot that is not positive.
   bool transform_triangle(Mode mode, T* packed, int64_t width, T* K, int64_t ld);
-  // One row over the first `width` columns: A(c) = A[c * stride], its keys k [n].
-  void apply_row(T* A, int64_t stride, int64_t width, T* k) const;
+  // One row over the columns first .. end - 1: A(c) = A[c * stride], its keys k [n].
+  void apply_row(T* A, int64_t stride, int64_t first, int64_t end, T* k) const;
   // Rows A [rows, kPanel] with K [rows, ld].
   void apply_rows(T* A, T* K, int64_t ld, int64_t rows) const;
 
@@ -43,7 +43,7 @@ struct NarrowReflectors {
 
  private:
   template <int N>
-  void apply_row_of(T* A, int64_t stride, int64_t width, T* k) const;
+  void apply_row_of(T* A, int64_t stride, int64_t first, int64_t end, T* k) const;
 };
 
 // x [width, ld] <- D^-T x for the packed triangle D, first n columns.

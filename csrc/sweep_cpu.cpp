@@ -117,12 +117,13 @@ class CpuSweep final : public FactorSweep {
       return false;
     }
     for (int64_t row = 0; X_ != nullptr && row < buffers_.n; ++row) {  // a row of the identity
-      reflectors.apply_row(X_ + p.first * ld + row, ld, p.width, K_ + (buffers_.padded + row) * ld);
+      reflectors.apply_row(X_ + p.first * ld + row, ld, 0, p.width, K_ + (buffers_.padded + row) * ld);
     }
-    crew_.share((p.below + kTaskRows - 1) / kTaskRows, [&](int64_t task) {
-      const int64_t row = task * kTaskRows;
+    const int64_t rows = std::max<int64_t>(kTaskRows, p.below / 4 / 16 * 16);
+    crew_.share((p.below + rows - 1) / rows, [&](int64_t task) {
+      const int64_t row = task * rows;
       reflectors.apply_rows(L_ + p.rect + row * kPanel, K_ + (p.first + p.width + row) * ld, ld,
-                            std::min(kTaskRows, p.below - row));
+                            std::min(rows, p.below - row));
     });
     return true;
   }
