@@ -45,8 +45,7 @@ class PackedRows:
         real = tokens.attention_mask[:, tokens.lookup :].bool()  # the lookup column first, padding last
         above = slice(padded.last + 1, None)
         dtype = torch.promote_types(padded.hidden.dtype, torch.float32)
-        is_fused = padded.hidden.dtype == torch.float32 and extension_available()
-        parts = fused_parts(padded.partial.blocks[above]) if is_fused else []
+        parts = fused_parts(padded.partial.blocks[above]) if _is_plain_fp32(padded.hidden) else []
         return cls(
             padded.partial,
             padded.last,
@@ -115,6 +114,11 @@ def _on_cpu(blocks: Sequence[nn.Module]) -> bool:
         for module in block.modules()
         for parameter in module.parameters(recurse=False)
     )
+
+
+def _is_plain_fp32(hidden: Tensor) -> bool:
+    """Whether a block's parts see fp32 all through, and the operators are C++."""
+    return hidden.dtype == torch.float32 and not torch.is_autocast_enabled("cpu") and extension_available()
 
 
 def _starts(lengths: Tensor) -> Tensor:

@@ -207,6 +207,17 @@ def test_bf16_models_are_packed_too() -> None:
     torch.testing.assert_close(found, wanted, rtol=0.05, atol=0.05 * float(wanted.abs().max()))
 
 
+def test_under_autocast() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        padded, packed = both(tiny_model("llama", dtype=torch.float32))
+        assert isinstance(packed, PackedRows)
+        places = torch.tensor([0, 2, 4]), torch.tensor([1, 2, 0])
+        shifts = torch.randn(len(ROWS), padded.hidden.shape[-1])
+        with torch.no_grad(), frozen(padded.partial.model):
+            wanted, found = padded.logits(shifts, *places), packed.logits(shifts, *places)
+    torch.testing.assert_close(found, wanted, rtol=0.05, atol=0.05 * float(wanted.abs().max()))
+
+
 @pytest.mark.parametrize("why", ["eager attention", "soft cap", "whole rows", "last block", "a forward of its own"])
 def test_what_is_not_packed(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("gemma2" if why == "soft cap" else "llama", dtype=torch.float32)
