@@ -119,7 +119,8 @@ class CpuSweep final : public FactorSweep {
     for (int64_t row = 0; X_ != nullptr && row < buffers_.n; ++row) {  // a row of the identity
       reflectors.apply_row(X_ + p.first * ld + row, ld, 0, p.width, K_ + (buffers_.padded + row) * ld);
     }
-    const int64_t rows = std::max<int64_t>(kTaskRows, p.below / 4 / 16 * 16);
+    // Long runs: what a thread asks the memory for ahead is then mostly its own.
+    const int64_t rows = std::max<int64_t>(kTaskRows, p.below / 4 / kTaskRows * kTaskRows);
     crew_.share((p.below + rows - 1) / rows, [&](int64_t task) {
       const int64_t row = task * rows;
       reflectors.apply_rows(L_ + p.rect + row * kPanel, K_ + (p.first + p.width + row) * ld, ld,
