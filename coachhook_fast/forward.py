@@ -138,7 +138,7 @@ class PartialModel:
             if masks is not None:
                 stack.enter_context(given_masks(self.blocks, masks))
                 # transformers passes a mask of four dimensions on as it is.
-                made = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=inputs["attention_mask"].device)
+                made = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=inputs["input_ids"].device)
                 inputs = {**inputs, "attention_mask": made}
             for index in keys:
                 down = self.layout.down_projection(self.model, index)

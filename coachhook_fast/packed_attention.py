@@ -42,8 +42,8 @@ class Packing:
 
 
 def attention_modules(blocks: Sequence[nn.Module]) -> list[nn.Module] | None:
-    """The attention module of every block; None unless each has just one and it computes scaled dot product attention
-    by transformers' interface."""
+    """The attention module of every block; None unless each has just one and it computes causal scaled dot product
+    attention by transformers' interface."""
     found = [[module for module in block.modules() if _by_interface(module)] for block in blocks]
     if any(len(modules) != 1 for modules in found):
         return None
@@ -57,6 +57,7 @@ def _by_interface(module: nn.Module) -> bool:
     config = getattr(module, "config", None)
     # A model may have put a function of its own in this place.
     is_usual = forward.__globals__[_REGISTRY].get("sdpa") is sdpa_attention_forward
+    is_usual = is_usual and getattr(module, "is_causal", True)
     return is_usual and getattr(config, "_attn_implementation", None) == "sdpa"
 
 
@@ -69,8 +70,8 @@ def packed_attention(modules: Sequence[nn.Module], packing: Packing) -> Iterator
         RuntimeError: a module has computed its attention in another way, so rows were mixed.
     """
     numbers = {id(module): i for i, module in enumerate(modules)}
-    token = _CURRENT.set((packing, numbers))
     configs: list[Any] = [module.config for module in modules]
+    token = _CURRENT.set((packing, numbers))
     try:
         for module, config in zip(modules, configs, strict=True):
             module.__dict__["config"] = _Renamed(config)
@@ -111,8 +112,9 @@ def _attend(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:  # [1, S, H, Dv]
     packing, numbers = _CURRENT.get()
-    if dropout or kwargs.get("position_bias") is not None or kwargs.get("softcap") is not None:
-        raise NotImplementedError(f"{type(module).__name__} wants more of its attention than packed rows have")
+    # None of the known families in eval mode; if ever, better no numbers than others.
+    if dropout or kwargs.get("position_bias") is not None:
+        raise RuntimeError(f"{type(module).__name__} attends with dropout or a position bias: rows cannot be packed")
     number = numbers.pop(id(module))  # those that are left have not computed theirs
     # As torch's attention does on CPU, whatever the model computes in.
     dtype = torch.promote_types(query.dtype, torch.float32)

@@ -45,7 +45,8 @@ class PackedRows:
         real = tokens.attention_mask[:, tokens.lookup :].bool()  # the lookup column first, padding last
         above = slice(padded.last + 1, None)
         dtype = torch.promote_types(padded.hidden.dtype, torch.float32)
-        parts = fused_parts(padded.partial.blocks[above]) if _is_plain_fp32(padded.hidden) else []
+        is_fp32 = padded.hidden.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+        parts = fused_parts(padded.partial.blocks[above]) if is_fp32 else []
         return cls(
             padded.partial,
             padded.last,
@@ -68,7 +69,7 @@ class PackedRows:
         hidden = self.hidden.index_add(0, starts[:-1], shifts.to(self.hidden.dtype))
         at = starts[rows] + columns
         partial, last_block = self.partial, len(self.partial.blocks) - 1
-        inputs = {"input_ids": self.input_ids, "position_ids": self.position_ids, "attention_mask": self.input_ids}
+        inputs = {"input_ids": self.input_ids, "position_ids": self.position_ids}
         with (
             packed_attention(self.attention, self.packing),
             computed_by(self.parts),
@@ -100,9 +101,12 @@ class PackedRows:
 
 def packed_modules(partial: PartialModel, last: int, whole_rows: bool) -> list[nn.Module] | None:
     """The attention modules above block `last` where rows can be packed: on CPU (a GPU's steps are recorded, for which
-    sizes must stay), in known families, whose blocks treat tokens by themselves but in attention; else None."""
+    sizes must stay) with the operator in C++, in known families, whose blocks treat tokens by themselves but in
+    attention; else None."""
     above = partial.blocks[last + 1 :]
-    if whole_rows or not above or not partial.layout.ffns(partial.model) or not _on_cpu(above):
+    if whole_rows or not above or not partial.layout.ffns(partial.model):
+        return None
+    if not extension_available() or not _on_cpu(above):
         return None
     return attention_modules(above)
 
@@ -114,11 +118,6 @@ def _on_cpu(blocks: Sequence[nn.Module]) -> bool:
         for module in block.modules()
         for parameter in module.parameters(recurse=False)
     )
-
-
-def _is_plain_fp32(hidden: Tensor) -> bool:
-    """Whether a block's parts see fp32 all through, and the operators are C++."""
-    return hidden.dtype == torch.float32 and not torch.is_autocast_enabled("cpu") and extension_available()
 
 
 def _starts(lengths: Tensor) -> Tensor:

@@ -115,7 +115,13 @@ void check_like(const at::Tensor& tensor, const at::Tensor& x, const char* name,
                    " as the other arguments are, got ", tensor.scalar_type());
 }
 
+void check_dtype(const at::Tensor& tensor, const char* name) {
+  TORCH_CHECK_TYPE(tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kDouble, name,
+                   " must be fp32 or fp64, got ", tensor.scalar_type());
+}
+
 void check_norm(const at::Tensor& x, const at::Tensor& weight) {
+  check_dtype(x, "x");
   TORCH_CHECK_VALUE(x.dim() > 0 && x.size(-1) > 0, "x must be [..., m] with m > 0, got ", x.sizes());
   check_like(weight, x, "weight", {x.size(-1)});
 }
@@ -171,6 +177,7 @@ at::Tensor rms_norm_backward(const at::Tensor& grad_in, const at::Tensor& x_in, 
 }
 
 at::Tensor silu_product(const at::Tensor& gate_in, const at::Tensor& up_in) {
+  check_dtype(gate_in, "gate");
   check_like(up_in, gate_in, "up", gate_in.sizes());
   const at::Tensor gate = gate_in.contiguous(), up = up_in.contiguous();
   at::Tensor y = at::empty(gate.sizes(), gate.options());
@@ -186,6 +193,7 @@ at::Tensor silu_product(const at::Tensor& gate_in, const at::Tensor& up_in) {
 
 std::tuple<at::Tensor, at::Tensor> silu_product_backward(const at::Tensor& grad_in, const at::Tensor& gate_in,
                                                          const at::Tensor& up_in) {
+  check_dtype(gate_in, "gate");
   check_like(up_in, gate_in, "up", gate_in.sizes());
   check_like(grad_in, gate_in, "grad", gate_in.sizes());
   const at::Tensor grad = grad_in.contiguous(), gate = gate_in.contiguous(), up = up_in.contiguous();
@@ -204,6 +212,7 @@ std::tuple<at::Tensor, at::Tensor> silu_product_backward(const at::Tensor& grad_
 }
 
 at::Tensor rotary(const at::Tensor& x_in, const at::Tensor& cos_in, const at::Tensor& sin_in, bool back) {
+  check_dtype(x_in, "x");
   TORCH_CHECK_VALUE(x_in.dim() == 4 && x_in.size(3) % 2 == 0, "x must be [B, H, S, D] with an even D, got ",
                     x_in.sizes());
   const int64_t B = x_in.size(0), H = x_in.size(1), S = x_in.size(2), D = x_in.size(3);

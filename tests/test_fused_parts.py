@@ -108,6 +108,8 @@ def test_wrong_arguments_are_named() -> None:
         (lambda: ops.rms_norm(x, torch.randn(8).double(), 1e-5), TypeError, "weight must be"),
         (lambda: ops.rms_norm(torch.randn(3, 0), torch.randn(0), 1e-5), ValueError, "m > 0"),
         (lambda: ops.silu_product(x, torch.randn(8)), ValueError, "up must be"),
+        (lambda: ops.rms_norm(x.bfloat16(), torch.randn(8).bfloat16(), 1e-5), TypeError, "x must be fp32 or fp64"),
+        (lambda: ops.silu_product(x.long(), x.long()), TypeError, "gate must be fp32 or fp64"),
         (lambda: ops.rotary(odd, angles, angles, False), ValueError, "even D"),
         (lambda: ops.rotary(heads, torch.randn(3, 4), angles, False), ValueError, "cos must be"),
         (lambda: ops.rotary(heads, angles, angles.double(), False), TypeError, "sin must be"),
@@ -168,3 +170,31 @@ def test_what_only_looks_alike_is_left_alone(what: str, monkeypatch: pytest.Monk
     found = {id(module) for module, _ in fused_parts([block])}
     assert (id(norm) in found) == (what in ("another activation", "another product"))
     assert (id(ffn) in found) == (what == "another norm")
+
+
+class GatedRMSNorm(nn.Module):
+    """Takes what a probe does not have, as Mamba's norms do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(8)), 1e-6
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        return x * gate
+
+
+class RoutedFFN(nn.Module):
+    """Answers with more than one tensor, as experts do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = nn.Linear(8, 6), nn.Linear(8, 6), nn.Linear(6, 8)
+        self.act_fn = nn.SiLU()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x)), x
+
+
+@pytest.mark.parametrize("kind", [GatedRMSNorm, RoutedFFN])
+def test_modules_that_cannot_be_asked_are_left_alone(kind: type[nn.Module]) -> None:
+    assert fused_parts([nn.ModuleList([kind().requires_grad_(False)])]) == []
