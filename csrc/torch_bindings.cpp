@@ -11,6 +11,8 @@
 #include "block_parts.h"
 #include "cholesky.h"
 #ifdef COACHHOOK_CUDA
+#include "cuda/delta_product.h"
+#include "cuda/delta_product_cuda.h"
 #include "cuda/gated_linear_cuda.h"
 #include "cuda/replay.h"
 #endif
@@ -82,6 +84,7 @@ TORCH_LIBRARY_IMPL(coachhook, CPU, m) {
 TORCH_LIBRARY_IMPL(coachhook, CUDA, m) {
   register_cholesky(m);
 #ifdef COACHHOOK_CUDA
+  m.impl("delta_product", &coachhook::delta_product_cuda);
   m.impl("gated_delta", &coachhook::gated_delta_cuda);
   m.impl("gated_linear", &coachhook::gated_linear_cuda);
 #endif
@@ -94,6 +97,7 @@ PYBIND11_MODULE(_C, m) {
         "run the solver's device-generic path on CPU tensors too (tests)");
   m.def("build_info", &build_info, "version, torch, compiler and OpenMP of this build");
 #ifdef COACHHOOK_CUDA
+  m.def("has_delta_product", &coachhook::has_delta_product, "whether the current GPU runs ops.delta_product");
   m.def("awaits_launches", &coachhook::awaits_launches,
         "whether this thread's call of an operator is the first of its kind");
   m.def("keep_launches", &coachhook::keep_launches, "what that call has launched, for those that follow");

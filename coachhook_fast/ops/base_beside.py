@@ -58,9 +58,10 @@ def base_beside(
     x: Tensor,  # [tokens, d]
     weight: Tensor,  # [m, d], any strides
     bias: Tensor | None,  # [m]
+    always: bool = False,
 ) -> Iterator[Base]:
-    """``x weight^T + bias``, joined at the latest at the end."""
-    if not x.is_cuda or not _is_worth_it(x.shape[0], weight.numel()):
+    """``x weight^T + bias``, joined at the latest at the end; beside where that pays, or ``always``."""
+    if not always and not (x.is_cuda and _is_worth_it(x.shape[0], weight.numel())):
         yield Base(torch.nn.functional.linear(x, weight, bias))
         return
     # All memory is the current stream's, so that nothing is given away while the side stream still writes it.

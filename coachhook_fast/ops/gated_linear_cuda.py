@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from coachhook_fast.ops import product_aside
 from coachhook_fast.ops._library import LIBRARY, build_info
 from coachhook_fast.ops.base_beside import Base, base_beside
+from coachhook_fast.ops.product_aside import Cut
 from coachhook_fast.ops.replayed import Buffers, awaited, kept
 from coachhook_fast.reference import gated_linear as reference
 from coachhook_fast.reference.gated_linear import accumulator_dtype, sequence_rows
@@ -156,6 +158,19 @@ def _correct_sequence(
     return fire, after
 
 
+def _useful(sketch: Tensor | None, tokens: int, B: Tensor, gate: str) -> Tensor | None:
+    """The sketch, if it is worth its launches."""
+    return None if gate == "sequence" or tokens * B.numel() <= EXACT else sketch
+
+
+def _cut(x: Tensor, m: int, B: Tensor, sketch: Tensor | None, gate: str) -> Cut | None:
+    """The blocks of the first product, where it fits beside the base ``[m, d]``."""
+    if gate == "sequence":
+        return None
+    p = B if sketch is None else sketch
+    return product_aside.cut_of(x, p, m, lengths=gate == "relative", sketched=sketch is not None)
+
+
 def _delta(
     base: Base,  # its output is changed in place
     x: Tensor,  # [..., d]
@@ -167,17 +182,19 @@ def _delta(
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
     state: Tensor | None,
+    cut: Cut | None = None,  # of the product, beside a base
 ) -> tuple[Tensor, Tensor]:  # fire [tokens], state
     from coachhook_fast.kernels import delta_norm as project_kernels
 
     rows = _rows(x, B.dtype)
-    if gate == "sequence" or rows.shape[0] * B.numel() <= EXACT:
-        sketch = None
     # Three kernels that wait for one another alone. With more, or beside a base that wants the machine too, an early
     # start costs (measured).
     early = gate != "sequence" and sketch is None and U is not None and not base.is_beside
     p = B if sketch is None else sketch
-    parts = project_kernels.project(rows, p, want_length=gate == "relative", early=early)
+    if cut is None:
+        parts = project_kernels.project(rows, p, want_length=gate == "relative", early=early)
+    else:
+        parts = product_aside.project(rows, p, cut, want_length=gate == "relative")
     if gate == "sequence":
         return _correct_sequence(base, rows, x.shape[:-1], U, B, threshold, mask, cu_seqlens, state, parts)
     fire = _correct_calibrated(base, rows, U, B, threshold, _flat(mask), sketch is not None, parts, early)
@@ -231,9 +248,13 @@ def gated_linear(
                 processors=processors(x.device),
             )
     else:
-        with _on(x), kept() as keep, base_beside(x.reshape(tokens, -1), weight, bias) as base:
-            fire, after = _delta(base, x, U, B, threshold, sketch, gate, mask, cu_seqlens, state)
-            keep(Buffers(x, base.out, U, B, threshold, sketch, mask, cu_seqlens, state, fire, after), base.is_beside)
+        with _on(x), kept() as keep:
+            rows, sketch = x.reshape(tokens, -1), _useful(sketch, tokens, B, gate)
+            cut = _cut(rows, weight.shape[0], B, sketch, gate)
+            with base_beside(rows, weight, bias, always=cut is not None) as base:
+                fire, after = _delta(base, x, U, B, threshold, sketch, gate, mask, cu_seqlens, state, cut)
+                buffers = Buffers(x, base.out, U, B, threshold, sketch, mask, cu_seqlens, state, fire, after)
+                keep(buffers, base.is_beside)
         out = base.out
     return out.view(shape), fire.view(x.shape[:-1]), after
 
@@ -258,6 +279,7 @@ def gated_delta(
     result = out.clone(memory_format=torch.contiguous_format)
     with _on(x), kept() as keep:
         rows = result.view(-1, result.shape[-1])
+        sketch = _useful(sketch, rows.shape[0], B, gate)
         fire, after = _delta(Base(rows), x, U, B, threshold, sketch, gate, mask, cu_seqlens, state)
         keep(Buffers(x, rows, U, B, threshold, sketch, mask, cu_seqlens, state, fire, after))
     return result, fire.view(x.shape[:-1]), after
