@@ -118,7 +118,8 @@ def _attend(
     number = numbers.pop(id(module))  # those that are left have not computed theirs
     # As torch's attention does on CPU, whatever the model computes in.
     dtype = torch.promote_types(query.dtype, torch.float32)
-    q, k, v = (tensor[0].transpose(0, 1).to(dtype) for tensor in (query, key, value))
+    # squeeze: its way back is no work, where a selection's fills and copies
+    q, k, v = (tensor.squeeze(0).transpose(0, 1).to(dtype) for tensor in (query, key, value))
     rows = packing.cu_seqlens.numel() - 1
     if packing.keys:
         prefix_k, prefix_v = packing.keys[number], packing.values[number]

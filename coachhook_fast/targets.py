@@ -250,9 +250,11 @@ class _Problem:
         shifts = self.adam.rows.index_select(0, self.cluster)
         logits = rows.inputs.logits(shifts.index_select(0, rows.row_request), *rows.places())
         logits = logits.to(shifts.device, torch.promote_types(logits.dtype, torch.float32))
-        log_p = logits[: rows.targets.numel()].log_softmax(-1)
+        # A split, whose way back is one copy; those of two slices fill and add tensors as large as the logits.
+        of_targets, of_fixed = logits.split([rows.targets.numel(), logits.shape[0] - rows.targets.numel()])
+        log_p = of_targets.log_softmax(-1)
         nll = -log_p.gather(1, rows.targets[:, None])[:, 0] * rows.weights.to(log_p.dtype)
-        log_fixed = logits[rows.targets.numel() :].log_softmax(-1)
+        log_fixed = of_fixed.log_softmax(-1)
         if self.clean is None:  # the first step has δ = 0
             self.clean = log_fixed.detach()
         kl = (self.clean.exp() * (self.clean - log_fixed)).sum(-1) * rows.fixed_weights.to(log_p.dtype)
