@@ -164,7 +164,8 @@ class Editor:
         return statistics
 
     def use_statistics(self, statistics: KeyStatistics) -> None:
-        """Starts the key memories: C = λ E[k kᵀ] + Σ K Kᵀ over the ledger. ValueError if they do not fit the model.
+        """Starts the key memories: C = λ E[k kᵀ] + Σ K Kᵀ over the ledger. ValueError if they do not fit the model, or
+        are of too little text for an inverse.
 
         Edits that were loaded and whose config asks for another threshold rule than theirs get their thresholds here.
         Warns (EditWarning) if the earlier batches were made with others.
@@ -181,7 +182,13 @@ class Editor:
         for position, layer in enumerate(self.layers):
             weight = self.config.mom2_update_weight
             assert weight is not None
-            memory = KeyMemory.from_second_moment(statistics.moments[layer], weight, device=self.partial.device)
+            try:
+                memory = KeyMemory.from_second_moment(statistics.moments[layer], weight, device=self.partial.device)
+            except ValueError as error:
+                raise ValueError(
+                    f"key statistics of layer {layer}, taken from {statistics.tokens} tokens (text of many more tokens "
+                    f"than a key has numbers, {self.key_dim}, is needed): {error}"
+                ) from None
             for batch in self.ledger:
                 memory.update(batch.layers[position].keys)
             memories.append(memory)

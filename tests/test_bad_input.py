@@ -49,6 +49,11 @@ class TestBadInput:
             editor.use_statistics(statistics)
         assert editor.memories is memories
 
+    def test_statistics_of_too_little_text(self) -> None:
+        editor = make()
+        with pytest.raises(ValueError, match=r"taken from \d+ tokens \(text of many more .* positive definite"):
+            editor.collect_statistics(tiny_texts(1), max_tokens=12, progress=False)
+
     def test_a_prompt_longer_than_the_context(self) -> None:
         editor = make()
         with pytest.raises(ValueError, match=r"requests\[0\].prompt takes \d+ tokens .* the model's context is 256"):
