@@ -7,6 +7,7 @@
 // base ends runs on the whole machine.
 #include <array>
 #include <atomic>
+#include <utility>
 
 #include "delta_product.h"
 #include "matrix_unit.cuh"
@@ -158,19 +159,24 @@ __global__ void pause_kernel() {
   } while (now - begin < kPause);
 }
 
+// Loads the kernel's code, which the runtime else does at its first launch: here that is always one into a
+// graph.
+template <typename T, int N, int TILES>
+bool is_there() {
+  return cudaFuncSetAttribute(delta_product_kernel<T, N, TILES>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              Ring<N, TILES>::kBytes) == cudaSuccess;
+}
+
 template <typename T, int N, int TILES>
 cudaError_t launch_with(const DeltaProduct& call, cudaStream_t stream) {
   using R = Ring<N, TILES>;
-  const auto kernel = &delta_product_kernel<T, N, TILES>;
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, R::kBytes);
   CUtensorMap x, p;
-  if (error == cudaSuccess)
-    error = describe(x, call.bf16, call.x, call.tokens, call.d, call.x_row, R::kTokens);
+  cudaError_t error = describe(x, call.bf16, call.x, call.tokens, call.d, call.x_row, R::kTokens);
   if (error == cudaSuccess) error = describe(p, call.bf16, call.p, call.r, call.d, call.p_row, N);
   if (error != cudaSuccess) return error;
   pause_kernel<<<1, 1, 0, stream>>>();
   const int blocks = (call.tokens + R::kTokens - 1) / R::kTokens * call.slices * ((call.r + N - 1) / N);
-  kernel<<<blocks, kProducts + kSquares + kLanes, R::kBytes, stream>>>(x, p, call);
+  delta_product_kernel<T, N, TILES><<<blocks, kProducts + kSquares + kLanes, R::kBytes, stream>>>(x, p, call);
   return cudaGetLastError();
 }
 
@@ -187,13 +193,19 @@ cudaError_t launch_for(const DeltaProduct& call, cudaStream_t stream) {
   return call.r <= 112 ? launch_of<T, 112>(call, stream) : launch_of<T, 128>(call, stream);
 }
 
+template <typename T, int... N>
+bool are_there(std::integer_sequence<int, N...>) {
+  return ((is_there<T, N, 1>() && is_there<T, N, 2>()) && ...);
+}
+
 bool asked() {
-  cudaFuncAttributes attributes;
-  if (cudaFuncGetAttributes(&attributes, delta_product_kernel<__half, 16, 1>) != cudaSuccess) {
-    cudaGetLastError();  // it is no error: there is no code for this GPU
-    return false;
-  }
-  return tiled() != nullptr;
+  using Rows = std::integer_sequence<int, 16, 32, 64, 112, 128>;  // as in launch_for
+  cudaFuncAttributes pause;
+  if (are_there<__half>(Rows{}) && are_there<__nv_bfloat16>(Rows{}) &&
+      cudaFuncGetAttributes(&pause, pause_kernel) == cudaSuccess)
+    return tiled() != nullptr;
+  cudaGetLastError();  // it is no error: there is no code for this GPU
+  return false;
 }
 
 }  // namespace
