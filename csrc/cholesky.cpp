@@ -210,15 +210,34 @@ bool update_all(const Arguments& a, Solution* solution) {
 // ---- refactorisation
 // -----------------------------------------------------------------------------------------------------
 
-void refactor_all(const Arguments& a) {
-  at::Tensor result = a.L.clone();  // less memory than K itself at this n
+// The factors of C + K K^T, in memory of their own: less than K's at this n.
+at::Tensor refactored(const Arguments& a) {
+  at::Tensor result = a.L.clone();
   for (int64_t item = 0; item < a.batch; ++item) {
     multiply_in_place(result.select(0, item), a.K.select(0, item), a.d);
     const int64_t bad = factor_in_place(result.select(0, item), a.d);
     TORCH_CHECK_VALUE(bad == 0, "C + K K^T of factor ", item, " is not positive definite in ",
                       a.L.scalar_type(), ": its leading minor of order ", bad, " is not");
   }
-  a.L.copy_(result);
+  return result;
+}
+
+// s from C's factors, and X from those of C + K K^T: of so many keys I + K^T C^-1 K, which has more rows, has
+// a part that is nearly I beside the keys' strengths, and loses digits.
+void solve_all(const Arguments& a, const at::Tensor& after, Solution& solution) {
+  const int64_t panels = Panel::count(a.d);
+  Arguments last = a;
+  last.L = after;
+  for (int64_t item = 0; item < a.batch; ++item) {
+    const SweepBuffers before = make_buffers(a, item, /*keys=*/false, /*rhs=*/true);
+    forward(*make_sweep(before), panels);
+    solution.s.view({a.batch, a.n}).select(0, item).copy_(columns(before, before.rhs).square().sum(0));
+    const SweepBuffers b = make_buffers(last, item, /*keys=*/false, /*rhs=*/true);
+    const auto sweep = make_sweep(b);
+    forward(*sweep, panels);
+    backward(*sweep, panels);
+    solution.X.view({a.batch, a.d, a.n}).select(0, item).copy_(columns(b, b.rhs));
+  }
 }
 
 bool refactor_is_cheaper(const Arguments& a) {
@@ -253,8 +272,13 @@ at::Tensor chol_factor(const at::Tensor& C) {
 std::tuple<at::Tensor, at::Tensor> chol_solve(const at::Tensor& L, const at::Tensor& K) {
   c10::OptionalDeviceGuard guard(at::device_of(L));
   const Arguments a = check(L, K);
-  const auto [X, s] = empty_solution(K);
+  Solution solution = empty_solution(K);
+  const auto& [X, s] = solution;
   if (K.numel() == 0) return {X, s};
+  if (refactor_is_cheaper(a)) {
+    solve_all(a, refactored(a), solution);
+    return {X, s};
+  }
   const at::Tensor X_flat = X.view({a.batch, a.d, a.n}), s_flat = s.view({a.batch, a.n});
   for (int64_t item = 0; item < a.batch; ++item) {
     const SweepBuffers b = make_buffers(a, item, /*keys=*/false, /*rhs=*/true);
@@ -278,16 +302,21 @@ void chol_update(at::Tensor& L, const at::Tensor& K) {
   c10::OptionalDeviceGuard guard(at::device_of(L));
   const Arguments a = check(L, K);
   if (K.numel() == 0) return;
-  if (refactor_is_cheaper(a) || !update_all(a, nullptr)) refactor_all(a);
+  if (refactor_is_cheaper(a) || !update_all(a, nullptr)) a.L.copy_(refactored(a));
 }
 
 std::tuple<at::Tensor, at::Tensor> chol_solve_update(at::Tensor& L, const at::Tensor& K) {
   c10::OptionalDeviceGuard guard(at::device_of(L));
   const Arguments a = check(L, K);
   Solution solution = empty_solution(K);
-  if (K.numel() != 0 && (refactor_is_cheaper(a) || !update_all(a, &solution))) {
+  if (K.numel() == 0) return {solution.X, solution.s};
+  if (refactor_is_cheaper(a)) {
+    const at::Tensor after = refactored(a);
+    solve_all(a, after, solution);
+    a.L.copy_(after);
+  } else if (!update_all(a, &solution)) {
     std::tie(solution.X, solution.s) = chol_solve(L, K);
-    refactor_all(a);
+    a.L.copy_(refactored(a));
   }
   return {solution.X, solution.s};
 }

@@ -134,6 +134,21 @@ def test_many_keys_are_refactorised(path: str) -> None:
     assert error(s, (K * torch.linalg.solve(C, K)).sum(0)) < 1e-11
 
 
+@pytest.mark.parametrize("d", [33, 129, 256])
+def test_more_keys_than_coordinates_keep_their_digits(path: str, d: int) -> None:
+    """I + KᵀC⁻¹K of 2 d strong keys has condition 1e5 and more where C + KKᵀ has 1e2."""
+    C, K = problem(d, 2 * d)
+    K = 30 * K / K.std()
+    L = chol_factor(pack(C)).float()
+    kept = L.clone()
+    exact = unpack(L.double())
+    expected = torch.linalg.solve(exact @ exact.T + K @ K.T, K)
+    assert error(chol_solve(L, K.float())[0].double(), expected) < 1e-4
+    assert torch.equal(L, kept)
+    assert error(chol_solve_update(L, K.float())[0].double(), expected) < 1e-4
+    assert error(unpack(L.double()) @ unpack(L.double()).T, exact @ exact.T + K @ K.T) < 1e-5
+
+
 @pytest.mark.parametrize("size", [1e-7, 1.0, 1e5])
 def test_strength_is_accurate_from_weak_to_strong(path: str, size: float) -> None:
     C, K = problem(200, 6)
