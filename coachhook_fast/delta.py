@@ -136,7 +136,9 @@ class LowRankDelta:
     def remove(self, R: Tensor, X: Tensor) -> LowRankDelta:
         """``Delta - R X^T``, the rank shrinking by the directions that nothing uses any more.
 
-        In the dense form the rank is not looked for (that is a full SVD; ``truncate`` does it).
+        In the dense form the rank is not looked for (that is a full SVD; ``truncate`` does it). A batch some 1e4 times
+        as large as what is left, removed before, may have left rounding that keeps directions then: to be rid of it
+        too, append what is left anew (as ``Editor.rollback`` does).
         """
         R, X = self._checked(R, X)
         after = self.append(-R, X)
