@@ -70,6 +70,13 @@ def test_nothing_is_cut_where_the_kernel_is_not() -> None:
     assert product_aside.cut_of(x, p, 4096, lengths=False, sketched=False) is None
 
 
+def test_which_rows_the_copy_engine_brings() -> None:
+    wide = torch.zeros(40, 72 + 8).bfloat16()
+    assert product_aside._has_rows(wide[:, :72])
+    for t in (wide[:, 1:65], wide[:, :71], wide.T, wide[:1, :72].expand(40, 72), wide.flatten()[:-4].view(-1, 4)):
+        assert not product_aside._has_rows(t), t.stride()
+
+
 @pytest.mark.parametrize(("tokens", "r", "d", "slices"), SIZES)
 def test_the_slices_of_the_definition_are_the_whole(tokens: int, r: int, d: int, slices: int) -> None:
     x, p = torch.randn(tokens, d), torch.randn(r, d)
@@ -168,6 +175,7 @@ def test_wrong_arguments_are_named() -> None:
         ((x, p.half(), 128, 1, False), TypeError, "p must be"),
         ((x[:, 1:65], p[:, :64], 128, 1, False), ValueError, "x must be"),
         ((x, p[:, :64], 128, 1, False), ValueError, "p must be"),
+        ((x[:1].expand(40, 72), p, 128, 1, False), ValueError, "x must be"),
         ((x, p, 64, 1, False), ValueError, "block must be"),
         ((x, p, 128, 0, False), ValueError, "slices must be"),
     ):

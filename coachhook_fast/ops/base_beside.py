@@ -69,13 +69,13 @@ def base_beside(
     current = torch.cuda.current_stream(x.device)
     side = _side(x.device, current.stream_id)
     side.wait_stream(current)
-    with torch.cuda.stream(side):
-        if bias is None:
-            torch.mm(x, weight.T, out=out)
-        else:
-            torch.addmm(bias, x, weight.T, out=out)
     base = Base(out, side)
-    try:
+    try:  # from here on: a graph under way refuses to end with a stream that was not joined
+        with torch.cuda.stream(side):
+            if bias is None:
+                torch.mm(x, weight.T, out=out)
+            else:
+                torch.addmm(bias, x, weight.T, out=out)
         yield base
     finally:
         base.join()

@@ -72,7 +72,8 @@ def cut(tokens: int, m: int, d: int, rows: int, *, lengths: bool, sketched: bool
 
 def _has_rows(t: Tensor) -> bool:
     """Whether the copy engine can bring its rows."""
-    return t.stride(1) == 1 and t.stride(0) % 8 == 0 and t.shape[1] % 8 == 0 and t.data_ptr() % 16 == 0
+    row = t.stride(0)
+    return t.stride(1) == 1 and row % 8 == 0 and row >= t.shape[1] and t.shape[1] % 8 == 0 and t.data_ptr() % 16 == 0
 
 
 def cut_of(x: Tensor, p: Tensor, m: int, *, lengths: bool, sketched: bool) -> Cut | None:

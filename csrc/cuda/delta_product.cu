@@ -198,7 +198,12 @@ bool are_there(std::integer_sequence<int, N...>) {
   return ((is_there<T, N, 1>() && is_there<T, N, 2>()) && ...);
 }
 
+// Of the driver: the Triton kernels that follow are loaded while a graph is recorded.
+constexpr int kLoadsIntoGraphs = 12030;
+
 bool asked() {
+  int driver = 0;
+  if (cudaDriverGetVersion(&driver) != cudaSuccess || driver < kLoadsIntoGraphs) return false;
   using Rows = std::integer_sequence<int, 16, 32, 64, 112, 128>;  // as in launch_for
   cudaFuncAttributes pause;
   if (are_there<__half>(Rows{}) && are_there<__nv_bfloat16>(Rows{}) &&

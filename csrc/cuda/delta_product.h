@@ -27,8 +27,8 @@ struct DeltaProduct {
   int* counts;     // [2]: set to zero
 };
 
-// Whether the current GPU runs it: compute capability 9.0, and no other. To be asked, on each GPU, before the
-// first launch: it loads the kernels.
+// Whether the current GPU runs it: compute capability 9.0, and no other, with a driver of CUDA 12.3 or later.
+// To be asked, on each GPU, before the first launch: it loads the kernels.
 bool has_delta_product();
 
 // It begins a little later than it could, so that a base launched before it on another stream takes its place

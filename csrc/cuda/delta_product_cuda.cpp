@@ -13,9 +13,11 @@ namespace {
 void check_rows(const at::Tensor& t, const char* name) {
   const bool is_aligned = reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
   TORCH_CHECK_VALUE(
-      t.dim() == 2 && t.stride(1) == 1 && t.stride(0) % 8 == 0 && t.size(1) % 8 == 0 && is_aligned, name,
-      " must be [rows, d] whose rows begin on 16 bytes, with d a multiple of 8, got ", t.sizes(),
-      " with strides ", t.strides());
+      t.dim() == 2 && t.stride(1) == 1 && t.stride(0) % 8 == 0 && t.stride(0) >= t.size(1) &&
+          t.size(1) % 8 == 0 && is_aligned,
+      name,
+      " must be [rows, d] whose rows begin on 16 bytes and do not overlap, with d a multiple of 8, got ",
+      t.sizes(), " with strides ", t.strides());
 }
 
 }  // namespace
@@ -39,7 +41,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> delta_product_cuda(const at::Tens
   const at::Tensor values = at::empty({slices * tokens, c_row}, x.options().dtype(at::kFloat));
   const at::Tensor lengths = at::empty({want_length ? slices : 0, tokens}, values.options());
   const at::Tensor counts = at::empty({2}, x.options().dtype(at::kInt));
-  if (tokens == 0 || r == 0) return {values.zero_(), lengths.zero_(), counts.zero_()};
+  if (tokens == 0 || r == 0 || x.size(1) == 0) return {values.zero_(), lengths.zero_(), counts.zero_()};
 
   DeltaProduct call = {};
   call.bf16 = x.scalar_type() == at::kBFloat16;
