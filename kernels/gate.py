@@ -34,7 +34,7 @@ def add_slices(values, at, inside, step, pieces, BLOCK_T: tl.constexpr, BLOCK_N:
     for first in range(0, pieces, TOGETHER):
         for piece in tl.static_range(TOGETHER):
             here = values + (first + piece) * step + at
-            total += tl.load(here, mask=inside & (first + piece < pieces), other=0.0)
+            total += tl.load(here, mask=inside & (tl.full((1, 1), first + piece, tl.int32) < pieces), other=0.0)
     return total
 
 

@@ -5,6 +5,8 @@ The compiler must not see TRITON_INTERPRET, so this file runs itself in another 
 
 from __future__ import annotations
 
+import importlib.metadata
+import inspect
 import json
 import os
 import re
@@ -167,12 +169,13 @@ def compile_case(case: dict[str, Any], capability: int) -> dict[str, Any]:
     options = {key: case["constants"][key] for key in ("num_warps", "num_stages") if key in case["constants"]}
     options["launch_pdl"] = early
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    version = [capability] if inspect.signature(get_ptxas).parameters else []  # Triton 3.5 has one for all
     with tempfile.TemporaryDirectory() as folder:
         ptx = Path(folder) / "kernel.ptx"
         ptx.write_text(compiled.asm["ptx"])
         arch = f"sm_{capability}a" if capability >= 90 else f"sm_{capability}"
         report = subprocess.run(
-            [get_ptxas(capability).path, "-v", f"--gpu-name={arch}", str(ptx), "-o", f"{folder}/kernel.cubin"],
+            [get_ptxas(*version).path, "-v", f"--gpu-name={arch}", str(ptx), "-o", f"{folder}/kernel.cubin"],
             capture_output=True,
             text=True,
             check=True,
@@ -211,6 +214,9 @@ def reports() -> list[dict[str, Any]]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.skipif(
+    not importlib.metadata.version("triton").startswith("3.6."), reason="tile sizes are chosen for Triton 3.6"
+)
 def test_nothing_spills(reports: list[dict[str, Any]]) -> None:
     assert len(reports) > 50
     assert [report for report in reports if report["spilled"]] == []

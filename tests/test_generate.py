@@ -20,6 +20,7 @@ from generate_cases import (
     reference,
     set_prompt,
 )
+from installed import before
 from tiny import CACHE, tiny_tokenizer
 from torch import Tensor
 from transformers import CompileConfig, ContinuousBatchingConfig, DynamicCache, GenerationConfig, StaticCache
@@ -60,6 +61,8 @@ def test_no_cache(gate: str) -> None:
 @pytest.mark.parametrize("gate", GATES)
 def test_compiled_static_cache_has_one_graph(gate: str) -> None:
     """The decode step compiles whole, once, and swapping the edit set recompiles nothing."""
+    if before("torch", "2.10"):
+        pytest.skip("torch 2.9 makes two graphs of the unedited model too")
     torch._dynamo.reset()
     model = hooked(gate)
     model.coachhook.reserve(8)
@@ -80,7 +83,8 @@ def test_compiled_static_cache_has_one_graph(gate: str) -> None:
     smaller = LowRankDelta(hook.delta.U[:, :1], -2 * hook.delta.B[:1])  # rank 3 to rank 1
     hook.set_delta(smaller, hook.threshold, relative=hook.served.state.relative)
     assert generate(model, ids, **options) == reference(model, ids)
-    assert len(graphs) == 1
+    # Before 5.21 transformers compiles forward without the hooks before it, so that of `sequence` is a second graph.
+    assert len(graphs) == (2 if gate == "sequence" and before("transformers", "5.21") else 1)
 
 
 @pytest.mark.parametrize("backend", ["fp8", "quanto", "hqq"])
@@ -89,6 +93,8 @@ def test_quantised_cache(backend: str) -> None:
     package = {"quanto": "optimum", "hqq": "hqq"}.get(backend)
     if package and importlib.util.find_spec(package) is None:
         pytest.skip(f"the quantised cache's backend {backend} needs the package {package}")
+    if backend == "fp8" and before("transformers", "5.21"):
+        pytest.skip("transformers before 5.21 has no quantised cache of its own")
     model = hooked("calibrated")
     options: dict[str, Any] = {"cache_implementation": "quantized", "cache_config": {"backend": backend}}
     for text in TEXTS[:2]:

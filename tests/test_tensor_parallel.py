@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from installed import before
 from safetensors.torch import load_file
 from tensor_parallel_edit import GATES, load, run
 from tiny import tiny_model
@@ -15,6 +16,7 @@ from two_ranks import finish, start
 from coachhook_fast.tensor_parallel import ColumnShard, column_shard, is_tensor_parallel
 
 
+@pytest.mark.skipif(before("transformers", "5.21"), reason="transformers before 5.21 shares out even widths only")
 @pytest.mark.timeout(300)
 def test_two_ranks_share_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Statistics, edits, rollback, gates, logits, greedy text and loaded edits; 45 key columns on two ranks."""

@@ -152,7 +152,7 @@ class CacheStates:
             raise ValueError(f"the sequence gate cannot keep its state in a {type(cache).__name__}: {_USE_CALIBRATED}")
         while len(cache.layers) < num_blocks:  # a cache that makes its layers as the blocks first ask for them
             cache.layers.append((cache.layer_class_to_replicate or DynamicLayer)())
-        static = bool(cache.layers) and cache.layers[0].is_compileable
+        static = len(cache.layers) > 0 and cache.layers[0].is_compileable
         while len(cache.layers) < num_blocks + num_hooks:
             cache.layers.append(LastState() if static else DynamicLayer())
         self._layers = cache.layers[num_blocks:]
@@ -176,8 +176,10 @@ def _hand_on_mask(model: Any, *args: Any, **kwargs: Any) -> Any:
     tokens = inputs.get("input_ids")
     if tokens is None:
         tokens = inputs["inputs_embeds"]
-    # Sliced: the whole mask grows by a column a step, which would recompile every step.
-    inputs[_MASK] = None if mask is None else mask[:, -tokens.shape[1] :]
+    # Sliced and copied: the whole mask, and a slice's stride with it, may grow by a column a step, for which a compiled
+    # step would be compiled anew.
+    last = None if mask is None else mask[:, -tokens.shape[1] :]
+    inputs[_MASK] = None if last is None else last.clone(memory_format=torch.contiguous_format)
     return inputs
 
 
