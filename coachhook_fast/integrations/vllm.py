@@ -55,7 +55,7 @@ from coachhook_fast.reference.gated_linear import relative_limit
 from coachhook_fast.sketch import make_sketch
 
 METHOD = "coachhook"
-TESTED_VERSIONS = ("0.32",)
+TESTED_VERSIONS = ("0.31", "0.32")
 _SETTINGS = {"quant_method", "edit_set", "base_quantization", "reserve_rank", "check_base", "edit_set_version"}
 
 logger = logging.getLogger("vllm.coachhook")
