@@ -200,9 +200,9 @@ def compile_case(case: dict[str, Any], capability: int) -> dict[str, Any]:
 def reports() -> list[dict[str, Any]]:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     root = Path(__file__).resolve().parent.parent
-    # -P and no PYTHONPATH of the root: a top-level `kernels` would shadow transformers' package of that name.
+    # From another folder, without PYTHONPATH: the root's `kernels` would shadow transformers' package of that name.
     done = subprocess.run(
-        [sys.executable, "-P", str(Path(__file__).resolve())],
+        [sys.executable, str(Path(__file__).resolve())],
         capture_output=True,
         text=True,
         env=environment,
