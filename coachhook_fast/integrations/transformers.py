@@ -178,8 +178,9 @@ def _hand_on_mask(model: Any, *args: Any, **kwargs: Any) -> Any:
         tokens = inputs["inputs_embeds"]
     # Sliced and copied: the whole mask, and a slice's stride with it, may grow by a column a step, for which a compiled
     # step would be compiled anew.
-    last = None if mask is None else mask[:, -tokens.shape[1] :]
-    inputs[_MASK] = None if last is None else last.clone(memory_format=torch.contiguous_format)
+    if mask is not None:
+        mask = mask[:, -tokens.shape[1] :].clone(memory_format=torch.contiguous_format)
+    inputs[_MASK] = mask
     return inputs
 
 
