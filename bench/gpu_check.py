@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(os.environ.get("OUT") or ROOT / "bench" / "results")
 # Longest seconds of each section; all of them together have --seconds.
 SECTIONS = {"tests": 150, "gated-linear": 200, "solve": 100, "targets": 100}
-ALWAYS = ("kernels", "gated_linear", "layer", "cholesky", "memory", "gpu")  # these look for a GPU themselves
+ALWAYS = ("kernels", "gated_linear", "layer", "cholesky", "key_memory", "gpu")  # these look for a GPU themselves
 WORKERS = 8
 # Child processes: modules of the checkout's root must not shadow packages, kernels are compiled, output comes at once.
 ENVIRONMENT = {
@@ -132,13 +132,14 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 
 def run_tests(limit: float) -> str:
     """The GPU's tests; beside them, on the other cores, the benchmark's kernels are compiled."""
-    marked = [path.name for path in (ROOT / "tests").glob("test_*.py") if "mark.gpu" in path.read_text()]
-    files = sorted({*marked, *(f"test_{name}.py" for name in ALWAYS)})
+    found = sorted((ROOT / "tests").rglob("test_*.py"))
+    always = {f"test_{name}.py" for name in ALWAYS}
+    files = [str(path) for path in found if path.name in always or "mark.gpu" in path.read_text()]
     log, begin = RESULTS / "tests.log", time.monotonic()
     ahead = "from coachhook_fast.bench.gated_linear_gpu import compile_ahead; compile_ahead()"
     compiling = start(["-c", ahead], log, OMP_NUM_THREADS="1")
     command = ["-m", "pytest", "--import-mode=importlib", "-q", "-n", str(WORKERS), "--tb=short", "--timeout=120"]
-    command += ["--durations=5", "-rfE", *(f"tests/{name}" for name in files)]
+    command += ["--durations=5", "-rfE", *files]
     ended = run(command, log, limit, OMP_NUM_THREADS="1")
     lines = log.read_text(errors="replace").splitlines()
     failures = [line for line in lines if line.startswith(("FAILED", "ERROR"))]

@@ -32,10 +32,10 @@ from quality_methods import METHODS, Method, Ours, Runner
 
 from coachhook_fast import EditConfig, load_model
 from coachhook_fast.config import number_in
-from coachhook_fast.datasets import EditRecord, read_records
 from coachhook_fast.evaluate import BaseAnswers, HeldOut, evaluate
 from coachhook_fast.evaluate.base import records_hash
-from coachhook_fast.models import cache_dir
+from coachhook_fast.evaluate.datasets import EditRecord, read_records
+from coachhook_fast.models.loading import cache_dir
 from coachhook_fast.progress import track
 
 COLUMNS = (

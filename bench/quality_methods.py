@@ -14,7 +14,7 @@ from baselines.published_coachhook_flow import PublishedFlow
 
 from coachhook_fast import EditConfig, Editor, EditRequest
 from coachhook_fast.config import PAPER
-from coachhook_fast.thresholds import measure
+from coachhook_fast.editing.calibration import measure
 
 QUANTILES = {"min": 0.0, "05": 0.05, "50": 0.5, "95": 0.95, "999": 0.999, "max": 1.0}
 

@@ -7,28 +7,28 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from coachhook_fast.config import EditConfig
-    from coachhook_fast.edit_set import Batch, EditOutcome, EditSet
-    from coachhook_fast.editor import Editor
-    from coachhook_fast.layer import HookLinear
-    from coachhook_fast.models import load_model
-    from coachhook_fast.outcomes import EditWarning
+    from coachhook_fast.editing.editor import Editor
+    from coachhook_fast.editing.outcomes import EditWarning
+    from coachhook_fast.edits.edit_set import Batch, EditOutcome, EditSet
+    from coachhook_fast.hooks.layer import HookLinear
+    from coachhook_fast.hooks.load_edits import load_edits
+    from coachhook_fast.models.loading import load_model
     from coachhook_fast.request import EditRequest
-    from coachhook_fast.store import load_edits
 
 __version__ = "0.1.0"
 
 # Imported when first asked for: `coachhook --help` then needs neither torch nor transformers.
 _HOMES = {
-    "Batch": "edit_set",
+    "Batch": "edits.edit_set",
     "EditConfig": "config",
-    "EditOutcome": "edit_set",
+    "EditOutcome": "edits.edit_set",
     "EditRequest": "request",
-    "EditSet": "edit_set",
-    "EditWarning": "outcomes",
-    "Editor": "editor",
-    "HookLinear": "layer",
-    "load_edits": "store",
-    "load_model": "models",
+    "EditSet": "edits.edit_set",
+    "EditWarning": "editing.outcomes",
+    "Editor": "editing.editor",
+    "HookLinear": "hooks.layer",
+    "load_edits": "hooks.load_edits",
+    "load_model": "models.loading",
 }
 
 __all__ = [

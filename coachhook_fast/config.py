@@ -12,8 +12,12 @@ from typing import Any
 
 import yaml
 
-from coachhook_fast.budget import START_TOKENS
-from coachhook_fast.gate import GATES, THRESHOLD_RULES
+GATES = ("calibrated", "sequence")
+THRESHOLD_RULES = ("own_keys", "zscore", "fpr")
+
+# Most tokens in a pass of the editor, without a setting; on a GPU the first pass has as many, and shows what a token
+# takes (models/passes/budget.py).
+START_TOKENS = 8192
 
 # Keys of EasyEdit's YAML files that say something this package finds out itself or has no use for.
 _EASYEDIT_ONLY = {
@@ -82,7 +86,7 @@ class EditConfig:
         openings: share of the key statistics' tokens that are beginnings of texts, cut out of the corpus; they come on
             top of the token budget (docs/notes/relative.md). None: .2 where `layer_turns` is above 1, else 0.
         namesake_tokens: tokens of the corpus kept to find them in.
-        v_lr: Adam's learning rate for the target values; None takes one a request, see `targets.STEP_SHARE`.
+        v_lr: Adam's learning rate for the target values; None takes one a request (editing/targets/optimise.py).
         v_num_grad_steps: most Adam steps for a target value.
         v_weight_decay: weight of ||δ|| / ||v0||².
         v_loss_threshold: a request whose loss is below it stops.
@@ -97,13 +101,13 @@ class EditConfig:
         stats_sequence_length: tokens a packed row of the statistics pass, capped by the model's context.
         gate: "calibrated" or "sequence".
         alpha: the `sequence` gate's first threshold α; it never rises.
-        threshold_rule: "own_keys", "zscore" or "fpr", how `calibrated` finds τ (see thresholds.calibrated_threshold and
+        threshold_rule: "own_keys", "zscore" or "fpr", how `calibrated` finds τ (see editing/calibration.py and
             docs/notes/gates.md).
         threshold_relative: τ is compared with ||Δk|| / ||k|| and not with ||Δk||: tokens that an earlier layer has
             edited have long keys and would answer to later layers too (docs/notes/relative.md).
             `calibrated` only. None: where `layer_turns` is above 1; the paper's is False.
         threshold_whitened: ||Δk|| is measured against how ordinary text spreads along each of Δ's directions
-            (whitening.py, docs/notes/whitening.md). `calibrated` only. None: where `layer_turns` is above 1; the
+            (edits/whitening.py, docs/notes/whitening.md). `calibrated` only. None: where `layer_turns` is above 1; the
             paper's is False.
         threshold_own: for "own_keys", where τ lies between ordinary text (0) and the edits' own keys (1).
         threshold_z: standard deviations above the mean for "zscore"; "own_keys" takes at least as many, as far as that

@@ -63,7 +63,7 @@ class EditRequest:
         return self.text.rindex(self.subject) + len(self.subject.rstrip())
 
     def tokenise(self, tokenizer: Any, contexts: Sequence[str]) -> TokenisedRequest:
-        """Tokens of this request under each of `contexts` (see contexts.py), bare (last row), and of its KL prompt."""
+        """Tokens of this request under each of `contexts` (editing/contexts.py), bare (last), and of its KL prompt."""
         rows = []
         for context in [*contexts, ""]:
             if SLOT in context:
@@ -92,7 +92,7 @@ class TokenRow:
 class TokenisedRequest:
     """A request's rows: one a context, the bare prompt last; `kl` is "{subject} is a".
 
-    Where `in_context_only`, the bare prompt cannot be edited and another row stands in its place (see sinks.py).
+    Where `in_context_only`, the bare prompt cannot be edited and another row stands in its place (editing/sinks.py).
     """
 
     request: EditRequest

@@ -8,18 +8,18 @@
 #include <exception>
 #include <string>
 
-#include "block_parts.h"
-#include "cholesky.h"
+#include "solver/cholesky.h"
+#include "transformer/block_parts.h"
 #ifdef COACHHOOK_CUDA
 #include "cuda/delta_product.h"
 #include "cuda/delta_product_cuda.h"
 #include "cuda/gated_linear_cuda.h"
 #include "cuda/replay.h"
 #endif
-#include "gated_linear.h"
-#include "micro_gemm.h"
-#include "packed_attention.h"
-#include "packed_factor.h"
+#include "common/micro_gemm.h"
+#include "gated_linear/gated_linear.h"
+#include "solver/packed_factor.h"
+#include "transformer/packed_attention.h"
 
 namespace py = pybind11;
 

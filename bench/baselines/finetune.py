@@ -11,7 +11,7 @@ import torch
 from baselines.common import Baseline
 from torch.nn import functional as F
 
-from coachhook_fast.forward import align_rows, frozen
+from coachhook_fast.models.passes.forward import align_rows, frozen
 from coachhook_fast.request import EditRequest
 
 LEARNING_RATE = 5e-4

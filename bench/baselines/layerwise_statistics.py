@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coachhook_fast.forward import PartialModel
+from coachhook_fast.models.passes.forward import PartialModel
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from coachhook_fast.config import EditConfig
-from coachhook_fast.forward import align_rows, frozen
+from coachhook_fast.models.passes.forward import align_rows, frozen
 from coachhook_fast.request import EditRequest
 
 PUBLISHED_WEIGHT = 15_000.0

@@ -13,16 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coachhook_fast.architectures import layout_of
 from coachhook_fast.bench import graphs
 from coachhook_fast.bench import rows as common
 from coachhook_fast.bench.gated_problem import random_delta
-from coachhook_fast.cache_argument import cache_argument
 from coachhook_fast.config import EditConfig
-from coachhook_fast.delta import LowRankDelta
-from coachhook_fast.edit_set import EditSet
-from coachhook_fast.gate import Threshold
-from coachhook_fast.hooks import Hooks, twin
+from coachhook_fast.edits.delta import LowRankDelta
+from coachhook_fast.edits.edit_set import EditSet
+from coachhook_fast.edits.threshold import Threshold
+from coachhook_fast.hooks.hooks import Hooks, twin
+from coachhook_fast.models.architectures import layout_of
+from coachhook_fast.models.cache_argument import cache_argument
 
 SIZES = {
     "vocab_size": 49152,

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from coachhook_fast.bench import rows as common
 from coachhook_fast.bench.gated_problem import keys, ordinary_limit, random_delta
-from coachhook_fast.layer import HookLinear
-from coachhook_fast.states import HookState
+from coachhook_fast.hooks.layer import HookLinear
+from coachhook_fast.hooks.states import HookState
 
 SHAPE = (576, 1536)  # SmolLM2's, where a million exact norms take seconds
 

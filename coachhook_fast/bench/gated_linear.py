@@ -18,7 +18,7 @@ from coachhook_fast.bench import rows as common
 from coachhook_fast.bench.gated_decisions import two_stage_rows
 from coachhook_fast.bench.gated_memory import memory_rows
 from coachhook_fast.bench.gated_problem import SHAPES, SHARE, arrange, checked, floor_cost, keys, random_delta
-from coachhook_fast.layer import HookLinear
+from coachhook_fast.hooks.layer import HookLinear
 
 RANKS: tuple[int | str, ...] = (10, 100, 1000, "full")
 TOKENS = (1, 8, 64, 128, 512)

@@ -26,9 +26,9 @@ from coachhook_fast.bench import gated_problem as problem
 from coachhook_fast.bench import rows as common
 from coachhook_fast.bench.gated_decisions import two_stage_rows
 from coachhook_fast.bench.gated_memory import memory_rows
-from coachhook_fast.gate import SequenceContext
-from coachhook_fast.layer import HookLinear
-from coachhook_fast.reference.gated_linear import sequence_gate
+from coachhook_fast.hooks.gate import SequenceContext
+from coachhook_fast.hooks.layer import HookLinear
+from coachhook_fast.ops.reference.gated_linear import sequence_gate
 
 TOKENS = (1, 8, 64, 128, 512, 2048, 8192)
 RELATIVE_TOKENS = (1, 8, 128, 2048)

@@ -13,7 +13,7 @@ from torch import nn
 
 from coachhook_fast.bench import rows as common
 from coachhook_fast.bench.gated_problem import SHAPES, floor_cost, keys, random_delta, unchanged
-from coachhook_fast.layer import HookLinear
+from coachhook_fast.hooks.layer import HookLinear
 
 EDITS = (100, 1000, 10_000)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from coachhook_fast.delta import LowRankDelta
-from coachhook_fast.layer import HookLinear
-from coachhook_fast.reference.gated_linear import sequence_gate, sequence_rows
-from coachhook_fast.sketch import UNDECIDED, sketch_rows
+from coachhook_fast.edits.delta import LowRankDelta
+from coachhook_fast.hooks.layer import HookLinear
+from coachhook_fast.ops.reference.gated_linear import sequence_gate, sequence_rows
+from coachhook_fast.ops.sketch import UNDECIDED, sketch_rows
 
 SHAPES = {"gpt2-xl": (1600, 6400), "gpt-j": (4096, 16384), "llama-3-8b": (4096, 14336)}  # m, d
 SHARE = 0.02  # of gated tokens, where nothing else is said

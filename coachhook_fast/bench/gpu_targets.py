@@ -17,15 +17,15 @@ import torch
 from torch import Tensor, nn
 from transformers import GPTJConfig, GPTJForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from coachhook_fast.architectures import layout_of
 from coachhook_fast.bench.rows import Row, baseline, once
 from coachhook_fast.bench.rows import row as make_row
 from coachhook_fast.bench.workload import gemm_rate, needed_flops
 from coachhook_fast.config import PAPER, EditConfig
-from coachhook_fast.forward import PartialModel, frozen
-from coachhook_fast.keys import bare_outputs
+from coachhook_fast.editing.keys import bare_outputs
+from coachhook_fast.editing.targets.optimise import Target, optimise
+from coachhook_fast.models.architectures import layout_of
+from coachhook_fast.models.passes.forward import PartialModel, frozen
 from coachhook_fast.request import EditRequest, TokenisedRequest, TokenRow
-from coachhook_fast.targets import Target, optimise
 
 SAMPLE = 2
 # Six rows a request and 25 steps, as published. A random model hardly listens to one token: a wider ball.

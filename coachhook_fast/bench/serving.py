@@ -20,12 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from coachhook_fast.bench import rows as common
-from coachhook_fast.hooks import twin
-from coachhook_fast.layer import HookLinear
-from coachhook_fast.manifest import MANIFEST
-from coachhook_fast.models import cache_dir, load_model
+from coachhook_fast.edits.manifest import MANIFEST
+from coachhook_fast.hooks.hooks import twin
+from coachhook_fast.hooks.layer import HookLinear
+from coachhook_fast.hooks.load_edits import load_edits
+from coachhook_fast.models.loading import cache_dir, load_model
 from coachhook_fast.request import EditRequest
-from coachhook_fast.store import load_edits
 
 EDITS = 30
 NEW_TOKENS = 32
@@ -61,7 +61,7 @@ def edits_folder() -> Path:
     given = os.environ.get("COACHHOOK_BENCH_EDITS")
     folder = Path(given) if given else cache_dir() / "bench" / f"smollm2-{EDITS}"
     if not (folder / MANIFEST).is_file():
-        from coachhook_fast.editor import Editor
+        from coachhook_fast.editing.editor import Editor
 
         model, tokenizer = load_model("smollm2", dtype="float32")
         editor = Editor(model, tokenizer)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from coachhook_fast.bench import rows as common
-from coachhook_fast.memory import KeyMemory
+from coachhook_fast.editing.key_memory import KeyMemory
 
 FIGURES = ((6400, 10), (6400, 100), (16384, 100))  # d, n
 SCALING = ((1536, 3072, 6400), (1, 10, 32, 100, 320))

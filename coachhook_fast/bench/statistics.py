@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from coachhook_fast.architectures import layout_of
 from coachhook_fast.bench.rows import Row, baseline, once, row
 from coachhook_fast.bench.workload import corpus
 from coachhook_fast.config import default_layers
-from coachhook_fast.corpus import begin_tokens, pack_rows, read_documents, sample_documents, sequences_of
-from coachhook_fast.forward import PartialModel, frozen
-from coachhook_fast.models import load_model
-from coachhook_fast.statistics import KeyStatistics, collect
+from coachhook_fast.models.architectures import layout_of
+from coachhook_fast.models.loading import load_model
+from coachhook_fast.models.passes.forward import PartialModel, frozen
+from coachhook_fast.statistics.corpus import begin_tokens, pack_rows, read_documents, sample_documents, sequences_of
+from coachhook_fast.statistics.key_statistics import KeyStatistics, collect
 
 _LENGTH = 512
 

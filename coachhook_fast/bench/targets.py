@@ -14,12 +14,12 @@ from coachhook_fast.bench import gpu_targets
 from coachhook_fast.bench.rows import Row, baseline, once, row
 from coachhook_fast.bench.workload import corpus, gemm_rate, needed_flops, requests
 from coachhook_fast.config import PAPER, EditConfig
-from coachhook_fast.editor import Editor
-from coachhook_fast.forward import frozen
-from coachhook_fast.keys import bare_outputs
-from coachhook_fast.models import load_model
+from coachhook_fast.editing.editor import Editor
+from coachhook_fast.editing.keys import bare_outputs
+from coachhook_fast.editing.targets.optimise import Target, optimise
+from coachhook_fast.models.loading import load_model
+from coachhook_fast.models.passes.forward import frozen
 from coachhook_fast.request import TokenisedRequest, tokenise_batch
-from coachhook_fast.targets import Target, optimise
 
 
 def run(model: str | None = None, count: int = 20, sample: int = 4) -> list[Row]:

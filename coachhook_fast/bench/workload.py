@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from coachhook_fast.bench.rows import once
-from coachhook_fast.forward import PartialModel
-from coachhook_fast.products import linear
+from coachhook_fast.editing.targets.optimise import Target
+from coachhook_fast.models.passes.forward import PartialModel
+from coachhook_fast.models.passes.products import linear
 from coachhook_fast.request import EditRequest, TokenisedRequest
-from coachhook_fast.targets import Target
 
 _ROOT = Path(__file__).resolve().parents[2]
 
@@ -26,7 +26,7 @@ def data_folder() -> Path | None:
 
 def requests(count: int) -> tuple[list[EditRequest], str]:
     """`count` requests and where they come from: CounterFact, else the demo's own facts."""
-    from coachhook_fast.datasets import read_records
+    from coachhook_fast.evaluate.datasets import read_records
 
     folder = data_folder()
     path = folder / "counterfact-edit.json" if folder else _ROOT / "examples" / "facts.jsonl"

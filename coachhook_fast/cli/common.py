@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from coachhook_fast.config import EditConfig
-    from coachhook_fast.datasets import EditRecord
+    from coachhook_fast.evaluate.datasets import EditRecord
 
 MODEL_HELP = "hub name, local folder, GGUF file, or smollm2 for the packaged SmolLM2-135M"
 _PIPE_WIDTH = 120  # columns of a table where stdout is no terminal
@@ -100,7 +100,7 @@ def load_model(arguments: argparse.Namespace) -> tuple[Any, Any]:
     """(model, tokenizer) of --model, --dtype, --device."""
     from transformers.utils import logging
 
-    from coachhook_fast.models import load_model as load
+    from coachhook_fast.models.loading import load_model as load
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
@@ -113,7 +113,7 @@ def load_model(arguments: argparse.Namespace) -> tuple[Any, Any]:
 
 def load_records(arguments: argparse.Namespace) -> tuple[list[EditRecord], list[str]]:
     """Records of --facts, and why others were left out."""
-    from coachhook_fast.datasets import read_records
+    from coachhook_fast.evaluate.datasets import read_records
 
     skipped: list[str] = []
     records = read_records(arguments.facts, limit=arguments.limit, skipped=skipped if arguments.skip_invalid else None)
@@ -129,7 +129,7 @@ def load_config(arguments: argparse.Namespace, *, edits: Path | None = None) -> 
     import yaml
 
     from coachhook_fast.config import EditConfig, number_in, read_yaml
-    from coachhook_fast.manifest import read_manifest
+    from coachhook_fast.edits.manifest import read_manifest
 
     values: dict[str, Any] = {}
     if edits is not None:

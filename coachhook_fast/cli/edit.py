@@ -13,9 +13,9 @@ from coachhook_fast.cli.common import Report
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from coachhook_fast.datasets import EditRecord
-    from coachhook_fast.edit_set import Batch, EditOutcome
-    from coachhook_fast.editor import Editor
+    from coachhook_fast.editing.editor import Editor
+    from coachhook_fast.edits.edit_set import Batch, EditOutcome
+    from coachhook_fast.evaluate.datasets import EditRecord
     from coachhook_fast.request import EditRequest
 
 NAME = "edit"
@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> Report:
     config = common.load_config(arguments, edits=arguments.edits)
     records, skipped = common.load_records(arguments)
     model, tokenizer = common.load_model(arguments)
-    from coachhook_fast.editor import Editor
+    from coachhook_fast.editing.editor import Editor
 
     editor = Editor(model, tokenizer, config, edits=arguments.edits)
     records = _editable(records, editor, skipped if arguments.skip_invalid else None)
@@ -77,7 +77,7 @@ def run(arguments: argparse.Namespace) -> Report:
 
 def output_folder(out: Path | None, edits: Path | None) -> Path:
     """Where to save; never over an edit set that the run does not go on from."""
-    from coachhook_fast.manifest import MANIFEST
+    from coachhook_fast.edits.manifest import MANIFEST
 
     folder = out or edits
     if folder is None:
@@ -94,7 +94,7 @@ def output_folder(out: Path | None, edits: Path | None) -> Path:
 
 def _check(what: str, requests: Sequence[EditRequest], editor: Editor) -> None:
     """ValueError that begins with `what` unless `Editor.edit` would take `requests` as a batch."""
-    from coachhook_fast.models import context_length
+    from coachhook_fast.models.loading import context_length
     from coachhook_fast.request import tokenise_batch
 
     try:

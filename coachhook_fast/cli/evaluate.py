@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from coachhook_fast.datasets import EditRecord
     from coachhook_fast.evaluate import BaseAnswers, Evaluation, HeldOut
+    from coachhook_fast.evaluate.datasets import EditRecord
 
 NAME = "eval"
 HELP = "Score an edited model on facts: reliability, generality, locality, generation and more."
@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> Report:
     model, tokenizer = common.load_model(arguments)
     from coachhook_fast.evaluate import DEFAULT_METRICS, evaluate
     from coachhook_fast.evaluate.scoring import DEFAULT_BATCH_TOKENS
-    from coachhook_fast.store import load_edits
+    from coachhook_fast.hooks.load_edits import load_edits
 
     if arguments.edits is not None:
         load_edits(model, arguments.edits)
@@ -113,7 +113,7 @@ def _base_answers(
     """The base model's answers, from their file or computed, and the file."""
     from coachhook_fast.evaluate import BaseAnswers
     from coachhook_fast.evaluate.base import model_key, records_hash
-    from coachhook_fast.models import cache_dir
+    from coachhook_fast.models.loading import cache_dir
 
     name = f"{model_key(model)}-{records_hash(records)}.json"
     path = arguments.base or cache_dir() / "base-answers" / name

@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> Report:
     model, tokenizer = load_model(arguments)
     from coachhook_fast.evaluate import complete
     from coachhook_fast.evaluate.base import unedited
-    from coachhook_fast.store import load_edits
+    from coachhook_fast.hooks.load_edits import load_edits
 
     if arguments.edits is not None:
         load_edits(model, arguments.edits)

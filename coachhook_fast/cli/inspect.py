@@ -25,8 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> Report:
     model, tokenizer = load_model(arguments)
-    from coachhook_fast.inspect import as_table, inspect_prompt, write_html, write_png
-    from coachhook_fast.store import load_edits
+    from coachhook_fast.evaluate.inspect import as_table, inspect_prompt, write_html, write_png
+    from coachhook_fast.hooks.load_edits import load_edits
 
     inspection = inspect_prompt(load_edits(model, arguments.edits), tokenizer, arguments.prompt)
     for path, write in ((arguments.html, write_html), (arguments.png, write_png)):

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> Report:
-    from coachhook_fast.manifest import read_manifest
+    from coachhook_fast.edits.manifest import read_manifest
 
     manifest = read_manifest(arguments.edits)
     batches = [

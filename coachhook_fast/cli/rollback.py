@@ -30,14 +30,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> Report:
-    from coachhook_fast.manifest import read_manifest
+    from coachhook_fast.edits.manifest import read_manifest
 
     out = output_folder(arguments.out, arguments.edits)
     known = [batch["id"] for batch in read_manifest(arguments.edits)["batches"]]
     if arguments.batch not in known:
         raise ValueError(f"BATCH {arguments.batch!r} is not in the ledger of {arguments.edits}, which holds {known}")
     model, tokenizer = load_model(arguments)
-    from coachhook_fast.editor import Editor
+    from coachhook_fast.editing.editor import Editor
 
     editor = Editor(model, tokenizer, edits=arguments.edits)
     editor.collect_statistics(arguments.corpus)

@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> Report:
     config = load_config(arguments)
     model, tokenizer = load_model(arguments)
-    from coachhook_fast.editor import Editor
+    from coachhook_fast.editing.editor import Editor
 
     editor = Editor(model, tokenizer, config)
     statistics = editor.collect_statistics(arguments.corpus, max_tokens=arguments.max_tokens)

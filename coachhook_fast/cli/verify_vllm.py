@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> Report:
     found = importlib.util.find_spec("vllm")
     if found is None or found.origin is None:  # without origin: some folder of that name
         raise ValueError("vLLM is not installed in this environment: pip install 'coachhook-fast[vllm]'")
-    from coachhook_fast.store import load_edits
+    from coachhook_fast.hooks.load_edits import load_edits
 
     arguments.dtype = "float32"
     model, tokenizer = load_model(arguments)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from coachhook_fast.evaluate.base import BaseAnswers
+from coachhook_fast.evaluate.datasets import EditRecord, read_records
 from coachhook_fast.evaluate.generation import complete, fluency
 from coachhook_fast.evaluate.metrics import DEFAULT_METRICS, METRICS, HeldOut, evaluate
 from coachhook_fast.evaluate.perplexity import perplexity
@@ -13,6 +14,7 @@ __all__ = [
     "DEFAULT_METRICS",
     "METRICS",
     "BaseAnswers",
+    "EditRecord",
     "Evaluation",
     "HeldOut",
     "Pair",
@@ -22,5 +24,6 @@ __all__ = [
     "evaluate",
     "fluency",
     "perplexity",
+    "read_records",
     "score_pairs",
 ]

@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from coachhook_fast.datasets import EditRecord
+from coachhook_fast.evaluate.datasets import EditRecord
 from coachhook_fast.evaluate.scoring import DEFAULT_BATCH_TOKENS, Ids, Pair, score_pairs
-from coachhook_fast.models import fingerprint
-from coachhook_fast.placement import input_device
+from coachhook_fast.models.loading import fingerprint
+from coachhook_fast.models.placement import input_device
 from coachhook_fast.request import encode_prompt_target
 
 _VERSION = 1

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coachhook_fast.datasets import EditRecord
 from coachhook_fast.evaluate.base import unedited
+from coachhook_fast.evaluate.datasets import EditRecord
 from coachhook_fast.evaluate.scoring import DEFAULT_BATCH_TOKENS, left_padded
-from coachhook_fast.placement import input_device
+from coachhook_fast.models.placement import input_device
 from coachhook_fast.progress import track
 
 DRIFT_PROMPTS = (

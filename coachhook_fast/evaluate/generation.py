@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from coachhook_fast.evaluate.scoring import DEFAULT_BATCH_TOKENS, Ids, check_batch_tokens, left_padded
-from coachhook_fast.models import context_length
-from coachhook_fast.placement import input_device
+from coachhook_fast.models.loading import context_length
+from coachhook_fast.models.placement import input_device
 from coachhook_fast.progress import track
 
 FLUENCY_TOKENS = 100  # of text a prompt, as ROME

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from coachhook_fast.datasets import EditRecord
 from coachhook_fast.evaluate.base import BaseAnswers, unedited
+from coachhook_fast.evaluate.datasets import EditRecord
 from coachhook_fast.evaluate.drift import drift
 from coachhook_fast.evaluate.generation import continue_greedily, fluency
 from coachhook_fast.evaluate.mentions import names_any

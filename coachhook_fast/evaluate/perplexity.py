@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from coachhook_fast.corpus import begin_tokens
 from coachhook_fast.evaluate.scoring import DEFAULT_BATCH_TOKENS, Ids, check_batch_tokens
-from coachhook_fast.models import context_length
-from coachhook_fast.placement import input_device
+from coachhook_fast.models.loading import context_length
+from coachhook_fast.models.placement import input_device
 from coachhook_fast.progress import track
+from coachhook_fast.statistics.corpus import begin_tokens
 
 _ROWS = 256  # positions whose log-probabilities are in memory at once
 

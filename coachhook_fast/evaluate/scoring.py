@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from coachhook_fast.models import context_length
-from coachhook_fast.placement import input_device
+from coachhook_fast.models.loading import context_length
+from coachhook_fast.models.placement import input_device
 from coachhook_fast.progress import track
 
 Ids = tuple[int, ...]

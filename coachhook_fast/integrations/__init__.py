@@ -1,1 +1,1 @@
-"""What connects edited models to other stacks: transformers, vLLM."""
+"""What connects edited models to other stacks: vLLM."""

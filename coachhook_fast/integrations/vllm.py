@@ -44,15 +44,15 @@ from vllm.model_executor.layers.quantization import (
 )
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
-from coachhook_fast import store
-from coachhook_fast.architectures import LAYOUTS
-from coachhook_fast.delta import LowRankDelta
+from coachhook_fast.edits import store
+from coachhook_fast.edits.delta import LowRankDelta
+from coachhook_fast.edits.manifest import read_manifest, version_of
 from coachhook_fast.integrations.vllm_buffers import check_room, write_edits
-from coachhook_fast.manifest import read_manifest, version_of
-from coachhook_fast.models import checkpoint_fingerprint
+from coachhook_fast.models.architectures import LAYOUTS
+from coachhook_fast.models.loading import checkpoint_fingerprint
 from coachhook_fast.ops import gated_linear as ops
-from coachhook_fast.reference.gated_linear import relative_limit
-from coachhook_fast.sketch import make_sketch
+from coachhook_fast.ops.reference.gated_linear import relative_limit
+from coachhook_fast.ops.sketch import make_sketch
 
 METHOD = "coachhook"
 TESTED_VERSIONS = ("0.31", "0.32")

@@ -6,8 +6,8 @@ from typing import Any
 
 from vllm.distributed import get_tensor_model_parallel_rank
 
-from coachhook_fast.delta import LowRankDelta
-from coachhook_fast.sketch import make_sketch
+from coachhook_fast.edits.delta import LowRankDelta
+from coachhook_fast.ops.sketch import make_sketch
 
 
 def write_edits(layer: Any, delta: LowRankDelta, threshold: float) -> None:

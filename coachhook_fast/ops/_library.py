@@ -61,7 +61,7 @@ def define(schema: str, fallback: Callable[..., Any], fake: Callable[..., Any]) 
     """Define one op.
 
     schema: with honest mutation marks, for example ``"chol_update(Tensor(a!) L, Tensor K) -> ()"``.
-    fallback: the plain torch definition (``coachhook_fast.reference``), run where no kernel is registered.
+    fallback: the plain torch definition (``coachhook_fast.ops.reference``), run where no kernel is registered.
     fake: shapes and dtypes only, for ``torch.compile`` and fake tensors.
     """
     name = schema.split("(", 1)[0]

@@ -1,6 +1,6 @@
 """``torch.ops.coachhook.rms_norm``, ``silu_product`` and ``rotary``: one operation each, forward and back.
 
-``coachhook_fast.reference.block_parts`` has the definitions. fp32 and fp64; in C++ on CPU, the definition anywhere
+``coachhook_fast.ops.reference.block_parts`` has the definitions. fp32 and fp64; in C++ on CPU, the definition anywhere
 else. Gradients of what a block computes; none of weights, cosines and sines.
 """
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from coachhook_fast.ops import _library
-from coachhook_fast.reference import block_parts as reference
+from coachhook_fast.ops.reference import block_parts as reference
 
 
 def _fake_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

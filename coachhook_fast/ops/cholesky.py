@@ -1,6 +1,6 @@
 """``torch.ops.coachhook.chol_*``: the solver of the key memory, on packed Cholesky factors.
 
-L [*, d (d + 1) / 2] is a packed lower factor (``coachhook_fast.reference.cholesky`` has the layout) of C [*, d, d],
+L [*, d (d + 1) / 2] is a packed lower factor (``coachhook_fast.ops.reference.cholesky`` has the layout) of C [*, d, d],
 fp64 or fp32, contiguous; K [*, d, n] are keys of its type and device. Leading dimensions are factors of one shape.
 
 ====================  ==========================================================================================
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from coachhook_fast.ops import _library
-from coachhook_fast.reference import cholesky as reference
+from coachhook_fast.ops.reference import cholesky as reference
 
 _PANEL = _library.build_info().get("panel", reference.PANEL)
 if _PANEL != reference.PANEL:

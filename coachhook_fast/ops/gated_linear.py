@@ -1,7 +1,7 @@
 """``torch.ops.coachhook.gated_linear`` and its parts: schemas, fakes, gradients, autocast.
 
-One definition (``reference/gated_linear.py``) runs where no kernel is registered; csrc/gated_linear.cpp takes
-the CPU key, csrc/cuda (few tokens) and ``ops/gated_linear_cuda.py`` (Triton) the CUDA key. No op changes an
+One definition (``reference/gated_linear.py``) runs where no kernel is registered; csrc/gated_linear takes the CPU key,
+ csrc/cuda (few tokens) and ``ops/gated_linear_cuda.py`` (Triton) the CUDA key. No op changes an
 argument. The decision is a constant to autograd:
 
     grad_x = g W + fire * (g U) B,   grad_W = g^T x,   grad_b = sum g.
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from coachhook_fast.ops._library import LIBRARY, build_info, define
-from coachhook_fast.reference import gated_linear as reference
-from coachhook_fast.reference.gated_linear import accumulator_dtype, key_length, sequence_rows
+from coachhook_fast.ops.reference import gated_linear as reference
+from coachhook_fast.ops.reference.gated_linear import accumulator_dtype, key_length, sequence_rows
 
 GateOutput = tuple[Tensor, Tensor, Tensor]
 

@@ -16,9 +16,9 @@ from coachhook_fast.ops import product_aside
 from coachhook_fast.ops._library import LIBRARY, build_info
 from coachhook_fast.ops.base_beside import Base, base_beside
 from coachhook_fast.ops.product_aside import Cut
+from coachhook_fast.ops.reference import gated_linear as reference
+from coachhook_fast.ops.reference.gated_linear import accumulator_dtype, sequence_rows
 from coachhook_fast.ops.replayed import Buffers, awaited, kept
-from coachhook_fast.reference import gated_linear as reference
-from coachhook_fast.reference.gated_linear import accumulator_dtype, sequence_rows
 
 if TYPE_CHECKING:
     from coachhook_fast.kernels.delta_norm import Parts

@@ -1,6 +1,6 @@
 """``torch.ops.coachhook.packed_attention``: attention of packed rows behind a fixed prefix of each.
 
-``coachhook_fast.reference.packed_attention`` has the definition and every argument's shape. fp32 and fp64; in C++ on
+``ops.reference.packed_attention`` has the definition and every argument's shape. fp32 and fp64; in C++ on
 CPU, the definition anywhere else. Gradients of q, k and v; none of the prefix and the mask.
 """
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from coachhook_fast.ops import _library
-from coachhook_fast.reference import packed_attention as reference
+from coachhook_fast.ops.reference import packed_attention as reference
 
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v"
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from coachhook_fast.ops._library import EXTENSION, build_info, define
-from coachhook_fast.reference import delta_product as reference
+from coachhook_fast.ops.reference import delta_product as reference
 
 if TYPE_CHECKING:
     from coachhook_fast.kernels.delta_norm import Parts

@@ -3,7 +3,7 @@
 
 #include <string_view>
 
-#include "../gated_linear.h"
+#include "gated_linear/gated_linear.h"
 
 namespace coachhook {
 

@@ -1,4 +1,4 @@
-#include "base_beside.h"
+#include "cuda/base_beside.h"
 
 #include <c10/cuda/CUDAGuard.h>
 

@@ -4,7 +4,7 @@
 
 #include <cfloat>
 
-#include "tile_product.cuh"
+#include "cuda/tile_product.cuh"
 
 namespace coachhook {
 namespace {

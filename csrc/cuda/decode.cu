@@ -16,10 +16,10 @@
 
 #include <algorithm>
 
-#include "decide.cuh"
-#include "decode.h"
-#include "launch.cuh"
-#include "tile_product.cuh"
+#include "cuda/decide.cuh"
+#include "cuda/decode.h"
+#include "cuda/launch.cuh"
+#include "cuda/tile_product.cuh"
 
 namespace coachhook {
 namespace {

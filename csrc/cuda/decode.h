@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "device.h"
+#include "cuda/device.h"
 
 namespace coachhook {
 

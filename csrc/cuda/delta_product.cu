@@ -9,9 +9,9 @@
 #include <atomic>
 #include <utility>
 
-#include "delta_product.h"
-#include "matrix_unit.cuh"
-#include "warpgroup_product.cuh"
+#include "cuda/delta_product.h"
+#include "cuda/matrix_unit.cuh"
+#include "cuda/warpgroup_product.cuh"
 
 namespace coachhook {
 namespace {

@@ -1,11 +1,11 @@
-#include "delta_product_cuda.h"
+#include "cuda/delta_product_cuda.h"
 
 #include <ATen/ATen.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
-#include "delta_product.h"
+#include "cuda/delta_product.h"
 
 namespace coachhook {
 namespace {

@@ -7,7 +7,7 @@
 
 namespace coachhook {
 
-// coachhook_fast/reference/delta_product.py says what it computes.
+// coachhook_fast/ops/reference/delta_product.py says what it computes.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> delta_product_cuda(const at::Tensor& x, const at::Tensor& p,
                                                                   int64_t block, int64_t slices,
                                                                   bool want_length);

@@ -1,4 +1,4 @@
-#include "gated_linear_cuda.h"
+#include "cuda/gated_linear_cuda.h"
 
 #include <ATen/ATen.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -8,11 +8,11 @@
 
 #include <optional>
 
-#include "arguments.h"
-#include "base_beside.h"
-#include "decode.h"
-#include "image.h"
-#include "with_triton.h"
+#include "cuda/arguments.h"
+#include "cuda/base_beside.h"
+#include "cuda/decode.h"
+#include "cuda/image.h"
+#include "cuda/with_triton.h"
 
 namespace coachhook {
 namespace {

@@ -2,7 +2,7 @@
 // that coachhook_fast/ops/gated_linear_cuda.py registers under the names with "_triton".
 #pragma once
 
-#include "gated_linear.h"
+#include "gated_linear/gated_linear.h"
 
 namespace coachhook {
 

@@ -3,7 +3,7 @@
 #include <array>
 #include <atomic>
 
-#include "image.h"
+#include "cuda/image.h"
 
 namespace coachhook {
 namespace {

@@ -3,7 +3,7 @@
 
 #include <cuda_runtime_api.h>
 
-#include "device.h"
+#include "cuda/device.h"
 
 namespace coachhook {
 namespace {

@@ -1,4 +1,4 @@
-#include "replay.h"
+#include "cuda/replay.h"
 
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAStream.h>

@@ -7,7 +7,7 @@
 // so that none asks on which side it lies, and never read.
 #include <cmath>
 
-#include "small_cholesky.h"
+#include "cuda/small_cholesky.h"
 
 namespace coachhook {
 namespace {

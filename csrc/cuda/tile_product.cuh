@@ -1,8 +1,8 @@
 // 16 rows of a matrix times up to 16 tokens, bf16 or fp16: what decode.cu's kernels stream W0 and B with.
 #pragma once
 
-#include "decode.h"
-#include "matrix_unit.cuh"
+#include "cuda/decode.h"
+#include "cuda/matrix_unit.cuh"
 
 namespace coachhook {
 namespace {

@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "bulk_copy.cuh"
+#include "cuda/bulk_copy.cuh"
 
 namespace coachhook {
 namespace {

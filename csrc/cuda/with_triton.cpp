@@ -1,10 +1,10 @@
-#include "with_triton.h"
+#include "cuda/with_triton.h"
 
 #include <c10/cuda/CUDAGraphsC10Utils.h>
 #include <c10/cuda/CUDAGuard.h>
 
-#include "base_beside.h"
-#include "replay.h"
+#include "cuda/base_beside.h"
+#include "cuda/replay.h"
 
 namespace coachhook {
 namespace {

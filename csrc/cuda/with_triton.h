@@ -3,7 +3,7 @@
 
 #include <functional>
 
-#include "arguments.h"
+#include "cuda/arguments.h"
 
 namespace coachhook {
 

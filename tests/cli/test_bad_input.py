@@ -125,12 +125,12 @@ def test_other_bad_input(home: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_ctrl_c_exits_130(home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    import coachhook_fast.manifest
+    import coachhook_fast.edits.manifest
 
     def interrupt(_: Path) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(coachhook_fast.manifest, "read_manifest", interrupt)
+    monkeypatch.setattr(coachhook_fast.edits.manifest, "read_manifest", interrupt)
     assert main(["log", *edits(home)]) == 130
     assert capsys.readouterr().err == "coachhook log: interrupted\n"
 

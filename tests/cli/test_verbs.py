@@ -15,7 +15,7 @@ from tiny import tiny_facts, tiny_texts
 from coachhook_fast.cli import VERBS, main
 from coachhook_fast.cli.common import _layers, load_config
 from coachhook_fast.config import PAPER, TURNING, EditConfig
-from coachhook_fast.manifest import MANIFEST
+from coachhook_fast.edits.manifest import MANIFEST
 
 # -------------------------------------------------------------------- help
 

@@ -22,9 +22,10 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from coachhook_fast import EditConfig, Editor, EditRequest, load_model, store
+from coachhook_fast import EditConfig, Editor, EditRequest, load_model
+from coachhook_fast.edits import store
 from coachhook_fast.integrations.vllm_modes import certain_tokens
-from coachhook_fast.models import cache_dir
+from coachhook_fast.models.loading import cache_dir
 
 ROOT = Path(__file__).resolve().parents[2]
 FACTS = ROOT / "examples" / "facts.jsonl"

@@ -136,9 +136,9 @@ def test_models_that_do_not_fit(tmp_path: Path) -> None:
 
 
 def test_layers_of_another_shape() -> None:
-    from coachhook_fast import store
+    from coachhook_fast.edits import store
+    from coachhook_fast.edits.manifest import read_manifest
     from coachhook_fast.integrations.vllm import EditedLinearMethod, frame_of
-    from coachhook_fast.manifest import read_manifest
 
     delta, threshold = store.load_weights(WORK / "edits-a")[0]
     frame = frame_of(read_manifest(WORK / "edits-a"))
@@ -161,10 +161,10 @@ def test_layers_of_another_shape() -> None:
 def test_a_swap_that_does_not_fit_changes_no_layer(folder: str, served: dict[str, Any], message: str) -> None:
     import torch
 
-    from coachhook_fast import store
+    from coachhook_fast.edits import store
+    from coachhook_fast.edits.manifest import read_manifest
     from coachhook_fast.integrations.vllm import EditedLinearMethod, SwapEdits, frame_of
     from coachhook_fast.integrations.vllm_buffers import write_edits
-    from coachhook_fast.manifest import read_manifest
 
     manifest, edits = read_manifest(WORK / "edits-a"), store.load_weights(WORK / "edits-a")
     layers = torch.nn.ModuleList()

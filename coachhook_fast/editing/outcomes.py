@@ -1,0 +1,70 @@
+"""How the requests of a batch went in, and the warning about those that did not."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from coachhook_fast.config import EditConfig
+from coachhook_fast.editing.targets.optimise import Target
+from coachhook_fast.edits.edit_set import EditOutcome
+from coachhook_fast.request import TokenisedRequest
+
+# An edit with more than this share of its residual left at the end did not go in.
+RESIDUAL_LEFT_LIMIT = 0.5
+
+
+class EditWarning(UserWarning):
+    """An edit did not go in as it should."""
+
+
+def outcomes_of(
+    batch: Sequence[TokenisedRequest], targets: Sequence[Target], v0: Tensor, after: Tensor, strengths: Tensor
+) -> tuple[EditOutcome, ...]:
+    """One outcome a request; v0 and after [m, n]: the last edited block's output before the batch and with its final
+    hooks and thresholds; strengths s [L, n]."""
+    values = torch.stack([target.value for target in targets], dim=1)
+    wanted = (values - v0).norm(dim=0)
+    # Where nothing was wanted the fact was held already.
+    left = torch.where(wanted > 0, (values - after.to(values)).norm(dim=0) / wanted, 0.0)
+    return tuple(
+        EditOutcome(tokens.request, target.loss, target.steps, tuple(strength), remaining, tokens.in_context_only)
+        for tokens, target, strength, remaining in zip(batch, targets, strengths.T.tolist(), left.tolist(), strict=True)
+    )
+
+
+# What lets more subjects through, by the rule that set τ.
+_REMEDIES = {
+    "own_keys": "lower threshold_own, or raise threshold_fpr where ordinary text stands as high",
+    "zscore": "lower threshold_z",
+    "fpr": "raise threshold_fpr",
+}
+
+
+def warn_of_weak(outcomes: Sequence[EditOutcome], config: EditConfig) -> None:
+    """One EditWarning for each request with more than RESIDUAL_LEFT_LIMIT left, or that holds in context only."""
+    remedy = "lower alpha" if config.gate == "sequence" else _REMEDIES[config.threshold_rule]
+    if config.gate == "calibrated" and config.layer_turns == 1:
+        remedy += "; a model holds more edits where batches take turns at the layers (layer_turns)"
+    for outcome in outcomes:
+        if outcome.in_context_only:
+            warnings.warn(
+                f"edit {outcome.request.text!r} -> {outcome.request.target_new!r} holds only where text precedes the "
+                f"subject: {outcome.request.subject!r} ends at the model's attention sink in the bare prompt, where "
+                "all subjects look alike (docs/notes/sinks.md); begin prompts with other text or a BOS token",
+                EditWarning,
+                stacklevel=3,
+            )
+        if outcome.residual_left > RESIDUAL_LEFT_LIMIT:
+            strengths = ", ".join(f"{s:.2f}" for s in outcome.strength)
+            warnings.warn(
+                f"edit {outcome.request.text!r} -> {outcome.request.target_new!r} did not go in: "
+                f"{outcome.residual_left:.0%} of its residual is left. Insertion strength s a layer: {strengths} (it "
+                "takes s / (1 + s): where s is small, lower mom2_update_weight); where s is large the gate keeps the "
+                f"subject out (coachhook inspect shows it): {remedy}",
+                EditWarning,
+                stacklevel=3,
+            )

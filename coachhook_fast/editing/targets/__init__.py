@@ -1,0 +1,1 @@
+"""Target values: what an edited layer should put out at a request's subject."""

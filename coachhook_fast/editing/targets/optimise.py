@@ -1,0 +1,309 @@
+"""Target values v* = v0 + δ of a whole batch at once (docs/method.md section 2, step 1).
+
+For each request, δ minimises
+
+    mean over contexts of NLL(target | context + prompt) + kl_factor KL(p0 || pδ) + v_weight_decay ||δ|| / ||v0||²
+    + continuation_factor KL(p0 || pδ after the target)
+
+The last term is not the paper's and off by default (docs/notes/drift.md).
+
+What does not depend on δ is computed once: the blocks up to the last edited one, and in the blocks above it the keys
+and values of all tokens before the lookup position, which act as a fixed cache. A step then runs the upper blocks over
+the few tokens from the lookup position on, and the output head at the target positions only. Every request has its own
+δ, Adam state, projection and stopping rule; a request that has converged leaves the batch, on a GPU as soon as that
+saves more than recording the smaller step anew costs (recorded.py).
+
+Requests about one subject have nearly parallel keys: a layer cannot map one key to two values, and would give both the
+mean of the two. Such requests share one δ, which minimises the mean of their losses, so that both can succeed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from coachhook_fast.config import EditConfig
+from coachhook_fast.editing.targets.adam import ProjectedAdam
+from coachhook_fast.editing.targets.recorded import Recording, Repeated
+from coachhook_fast.editing.targets.rows import TargetRows
+from coachhook_fast.models.distributed import workers
+from coachhook_fast.models.passes.budget import TokenBudget
+from coachhook_fast.models.passes.forward import PartialModel
+from coachhook_fast.models.passes.packed_rows import packed_modules
+from coachhook_fast.models.tensor_parallel import is_tensor_parallel
+from coachhook_fast.progress import Bar
+from coachhook_fast.request import TokenisedRequest, by_subject
+
+# Where rows are padded to the longest of their group: once a group has this many tokens a step, matrix products are
+# at their full rate, and a cluster that would lengthen it by more than this share begins a group of its own. On a GPU a
+# group also costs the recording of its step, worth some thousand tokens' work (docs/notes/targets.md).
+_ENOUGH_TOKENS = {"cpu": 256, "cuda": 4096}
+_LENGTHENING = 1.2
+
+# Without a learning rate of its own a request's δ moves by about this share of ||v0|| a step.
+STEP_SHARE = 0.35
+
+
+@dataclass(frozen=True)
+class Target:
+    """One request's target value.
+
+    Attributes:
+        value: v* [m]; loss: last loss; steps: Adam steps taken.
+    """
+
+    value: Tensor
+    loss: float
+    steps: int
+
+
+def optimise(
+    partial: PartialModel,
+    last: int,
+    batch: Sequence[TokenisedRequest],
+    v0: Tensor,
+    config: EditConfig,
+    *,
+    pad_id: int,
+    whole_rows: bool,
+    bar: Bar | None = None,
+    only: Sequence[int] | None = None,
+    known: Mapping[int, Target] | None = None,
+    keep: Callable[[dict[int, Target]], None] | None = None,
+    budget: TokenBudget | None = None,
+    graphs: bool = True,
+) -> list[Target]:
+    """Target values of `batch`, or of its requests `only`, in their order.
+
+    Args:
+        last: last edited block; δ is added to its output.
+        v0: [m, n] clean outputs at the lookup positions (`keys.bare_outputs`).
+        whole_rows: feed the last target token too; only the `sequence` gate's statistics can tell the difference.
+        bar: advanced by one a request.
+        only: positions in the batch; with a request, all others about its subject.
+        known: targets found before an interruption, by position in the batch; they are not sought again.
+        keep: given the targets of each group as soon as they are found.
+        budget: most tokens a group; it learns from every group. None: a fresh one of `max_batch_tokens`.
+        graphs: record steps as CUDA graphs where the model allows it.
+
+    Under torch.distributed the groups are shared out over the ranks, where each has a whole model, and every rank
+    returns all targets.
+    A group that does not fit the GPU's memory is halved.
+
+    Raises:
+        ValueError: a loss is not finite; the message names the request.
+    """
+    only = range(len(batch)) if only is None else only
+    results = {index: _moved(target, v0.device) for index, target in (known or {}).items()}
+    clusters = [members for members in by_subject(batch) if any(i in only and i not in results for i in members)]
+    mine: dict[int, Target] = {}
+    rank, world = workers(partial.model)
+    budget = budget or TokenBudget(config.max_batch_tokens, partial.device)
+    recording = Recording(partial.model, wanted=graphs)
+    # groups are what ranks share, so several ranks want many
+    enough: float = _ENOUGH_TOKENS["cpu" if world > 1 or partial.device.type != "cuda" else "cuda"]
+    if world == 1 and packed_modules(partial, last, whole_rows) is not None:
+        enough = math.inf
+    waiting = _groups(clusters, batch, budget.tokens, enough)[rank::world]
+    together = is_tensor_parallel(partial.model)  # all ranks are in one group, whatever the memory of one shows
+    while waiting:
+        if not together:  # what is left, by what the groups so far have shown
+            left = [cluster for group in waiting for cluster in group]
+            waiting = _groups(left, batch, budget.tokens, enough)
+        group = waiting.pop(0)
+        members = [index for cluster in group for index in cluster]
+        tokens = _padded_tokens(members, batch)
+        try:
+            with budget.measured(tokens):
+                rows = TargetRows.build(partial, last, [batch[index] for index in members], config, pad_id, whole_rows)
+                sizes = [len(cluster) for cluster in group]
+                if rows.inputs.masks is None:
+                    recording.refuse("the model must make its attention masks in every pass")
+                found = _Problem(partial, last, rows, v0[:, members].T, sizes, config, recording).solve()
+        except torch.OutOfMemoryError:
+            if len(group) == 1 or together:
+                raise
+            budget.too_many(tokens)
+            waiting[:0] = [group[: len(group) // 2], group[len(group) // 2 :]]
+            continue
+        named = {members[position]: target for position, target in enumerate(found)}
+        for index, target in named.items():
+            if not bool(torch.isfinite(target.value).all()) or target.loss != target.loss:
+                raise ValueError(f"requests[{index}] has a loss of {target.loss}: {batch[index].request.text!r}")
+            if bar is not None:
+                bar.advance(world, f"loss {target.loss:.3f} after {target.steps} steps")
+        mine |= named
+        if keep is not None:
+            keep(named)
+    for part in _from_all_ranks(mine, world):
+        results |= {index: _moved(target, v0.device) for index, target in part.items()}
+    return [results[index] for index in only]
+
+
+class _Problem:
+    """The optimisation of one group: clusters of requests, each cluster with one δ (most hold one request)."""
+
+    def __init__(
+        self,
+        partial: PartialModel,
+        last: int,
+        rows: TargetRows,
+        v0: Tensor,
+        sizes: list[int],
+        config: EditConfig,
+        recording: Recording,
+    ) -> None:
+        self.partial = partial
+        self.last = last
+        self.rows = rows
+        # δ and its optimiser live in fp32 at least, whatever the model computes in.
+        self.v0 = v0.to(torch.promote_types(v0.dtype, torch.float32))
+        self.config = config
+        self.recording = recording
+        # The requests of each cluster at hand, by their order in the group.
+        self.members = [list(range(sum(sizes[:c]), sum(sizes[: c + 1]))) for c in range(len(sizes))]
+        self._number()
+        lengths = torch.stack([part.min() for part in self.lengths.split(sizes)])
+        # Adam moves each of m coordinates by about the rate, so δ by √m rates: a share of ||v0|| suits every model.
+        rates = STEP_SHARE * lengths / self.v0.shape[1] ** 0.5
+        rates = torch.full_like(lengths, config.v_lr) if config.v_lr else rates
+        self.adam = ProjectedAdam(rates, config.clamp_norm_factor * lengths, self.v0.shape[1])
+        self.going = torch.ones_like(lengths, dtype=torch.bool)
+        self.clean: Tensor | None = None  # [F, V] log p0 at the rows' fixed places
+
+    def _number(self) -> None:
+        """What follows from `members`, on the device."""
+        sizes = [len(members) for members in self.members]
+        numbers = [c for c, size in enumerate(sizes) for _ in range(size)]
+        self.cluster = torch.tensor(numbers, device=self.v0.device)  # [n] of each request at hand
+        self.shares = self.v0.new_tensor([1.0 / size for size in sizes for _ in range(size)])
+        self.lengths = self.v0[[i for members in self.members for i in members]].norm(dim=1)
+
+    def solve(self) -> list[Target]:
+        """Targets of the requests, in order."""
+        found: dict[int, Target] = {}
+        most = self.config.v_num_grad_steps
+        step = Repeated(self._step, self.recording)
+        for number in range(most):
+            numbers = step()
+            requests = [i for members in self.members for i in members]
+            losses, going = dict(zip(requests, numbers, strict=False)), numbers[len(requests) :]
+            gone = [c for c, goes in enumerate(going) if not goes and self.members[c][0] not in found]
+            found |= self._targets(gone, losses, number)
+            if not any(going):
+                return [found[i] for i in range(len(found))]
+            if step.worth_shrinking(1 - sum(going) / len(going), most - number):
+                self._keep([c for c, goes in enumerate(going) if goes])
+                step = Repeated(self._step, self.recording)
+        del step  # a graph keeps the memory of its step
+        self._keep([c for c, members in enumerate(self.members) if members[0] not in found])
+        with torch.no_grad():
+            losses = dict(zip([i for members in self.members for i in members], self._losses().tolist(), strict=True))
+        found |= self._targets(range(len(self.members)), losses, most)
+        return [found[i] for i in range(len(found))]
+
+    def _targets(self, clusters: Sequence[int], losses: Mapping[int, float], step: int) -> dict[int, Target]:
+        """Targets of the requests of `clusters` (positions among those at hand), by their δ of now."""
+        with torch.no_grad():
+            return {
+                i: Target(self.v0[i] + self.adam.rows[c], losses[i], step) for c in clusters for i in self.members[c]
+            }
+
+    def _step(self) -> Tensor:
+        """One Adam step of the clusters that go on; [n + C] losses before it, then which clusters go on (0 or 1).
+
+        Nothing in it waits for the device, so that it may be recorded.
+        """
+        losses = self._losses()
+        gradients = torch.autograd.grad((losses * self.shares).sum(), self.adam.rows)[0]
+        with torch.no_grad():
+            # NaN stops too, and is reported by the caller.
+            is_open = (losses.double() >= self.config.v_loss_threshold).double()
+            self.going &= torch.zeros_like(self.going, dtype=torch.float64).index_add(0, self.cluster, is_open) > 0
+            self.adam.step(gradients, self.going)
+            return torch.cat([losses.double(), self.going.double()])
+
+    def _keep(self, clusters: list[int]) -> None:
+        """Goes on with `clusters` alone (positions among those at hand)."""
+        if len(clusters) == len(self.members):
+            return
+        starts = [sum(map(len, self.members[:c])) for c in range(len(self.members))]
+        requests = [starts[c] + i for c in clusters for i in range(len(self.members[c]))]
+        kept = torch.tensor(requests, device=self.v0.device)
+        if self.clean is not None:
+            self.clean = self.clean[self.rows.fixed_of(kept)]
+        self.rows = self.rows.select(kept)
+        chosen = torch.tensor(clusters, device=self.v0.device)
+        self.adam.select(chosen)
+        self.going = self.going[chosen]
+        self.members = [self.members[c] for c in clusters]
+        self._number()
+
+    def _losses(self) -> Tensor:
+        """[n] losses of the n requests at hand."""
+        rows = self.rows
+        shifts = self.adam.rows.index_select(0, self.cluster)
+        logits = rows.inputs.logits(shifts.index_select(0, rows.row_request), *rows.places())
+        logits = logits.to(shifts.device, torch.promote_types(logits.dtype, torch.float32))
+        # A split, whose way back is one copy; those of two slices fill and add tensors as large as the logits.
+        of_targets, of_fixed = logits.split([rows.targets.numel(), logits.shape[0] - rows.targets.numel()])
+        log_p = of_targets.log_softmax(-1)
+        nll = -log_p.gather(1, rows.targets[:, None])[:, 0] * rows.weights.to(log_p.dtype)
+        log_fixed = of_fixed.log_softmax(-1)
+        if self.clean is None:  # the first step has δ = 0
+            self.clean = log_fixed.detach()
+        kl = (self.clean.exp() * (self.clean - log_fixed)).sum(-1) * rows.fixed_weights.to(log_p.dtype)
+        total = self.config.v_weight_decay * shifts.norm(dim=1) / self.lengths.square()
+        total = total.to(log_p.dtype).index_add(0, rows.request, nll)
+        return total.index_add(0, rows.fixed_request, kl)
+
+
+def _groups(
+    clusters: Sequence[list[int]], batch: Sequence[TokenisedRequest], max_tokens: int, enough: float
+) -> list[list[list[int]]]:
+    """Clusters of like length together, at most `max_tokens` padded tokens a group (one cluster at least). `enough`:
+    tokens of a step after which length matters."""
+
+    def length(cluster: Sequence[int]) -> int:
+        return max(_from_lookup(batch[i]) for i in cluster)
+
+    def fits(group: Sequence[list[int]], cluster: list[int]) -> bool:
+        shortest = length(group[0])
+        step_tokens = sum(len(batch[i].rows) for members in group for i in members) * shortest
+        lengthens = step_tokens >= enough and length(cluster) > _LENGTHENING * shortest
+        return not lengthens and _padded_tokens([i for one in (*group, cluster) for i in one], batch) <= max_tokens
+
+    groups: list[list[list[int]]] = []
+    for cluster in sorted(clusters, key=length):
+        if groups and fits(groups[-1], cluster):
+            groups[-1].append(cluster)
+        else:
+            groups.append([cluster])
+    return groups
+
+
+def _padded_tokens(members: Sequence[int], batch: Sequence[TokenisedRequest]) -> int:
+    """Tokens of the members' rows in one pass, their KL rows among them."""
+    before = max(row.lookup for i in members for row in batch[i].rows)
+    return sum(len(batch[i].rows) + 1 for i in members) * (before + max(_from_lookup(batch[i]) for i in members))
+
+
+def _from_lookup(tokens: TokenisedRequest) -> int:
+    return max(len(row.prompt) + len(row.target) - row.lookup for row in tokens.rows)
+
+
+def _from_all_ranks(mine: dict[int, Target], world: int) -> list[dict[int, Target]]:
+    if world == 1:
+        return [mine]
+    gathered: list[dict[int, Target]] = [{}] * world
+    dist.all_gather_object(gathered, {index: _moved(target, torch.device("cpu")) for index, target in mine.items()})
+    return gathered
+
+
+def _moved(target: Target, device: torch.device) -> Target:
+    return Target(target.value.to(device), target.loss, target.steps)

@@ -1,0 +1,165 @@
+"""The JSON part of an edit set on disk: settings, thresholds and the ledger, read with every value checked."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from coachhook_fast.config import EditConfig
+from coachhook_fast.edits.edit_set import Batch, EditOutcome
+from coachhook_fast.edits.threshold import Threshold
+from coachhook_fast.request import EditRequest
+
+FORMAT = 1
+MANIFEST = "edit_set.json"
+_FIELDS = {"format", "model", "config", "contexts", "thresholds", "weights", "batches"}
+_NEWER_FIELDS = {"statistics"}  # sets written before they were there lack them
+_BATCH_KINDS: dict[str, Any] = {
+    "id": str, "parent": (str, type(None)), "time": str, "seconds": (int, float), "metrics": dict,
+    "alphas": list, "thresholds": list, "outcomes": list, "tensors": dict,
+}  # fmt: skip
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of `folder`: enough to list a ledger without a model.
+
+    Raises:
+        ValueError: there is none; it is no JSON, of another format, or changed by hand into what this version cannot
+            read. The message names the file.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise ValueError(f"folder {str(folder)!r} holds no edit set: it has no {MANIFEST}")
+    try:
+        manifest = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        found = manifest.get("format") if isinstance(manifest, dict) else manifest
+        raise ValueError(f"{path} has format {found!r}, this version reads {FORMAT}")
+    try:
+        _check(manifest)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
+        raise ValueError(f"{path} is not as an edit set is written: {type(error).__name__}: {error}") from error
+    return manifest
+
+
+def _check(manifest: Mapping[str, Any]) -> None:
+    if set(manifest) - _NEWER_FIELDS != _FIELDS:
+        raise ValueError(f"it has the fields {sorted(manifest)}, expected {sorted(_FIELDS)}")
+    contexts = manifest["contexts"]
+    if not isinstance(manifest["model"], str) or not isinstance(contexts, list) or not all(map(_is_text, contexts)):
+        raise TypeError(f"model is {manifest['model']!r} and contexts are {contexts!r}")
+    layers = EditConfig.from_dict(manifest["config"]).layers
+    if layers is None:
+        raise ValueError("config names no layers")
+    thresholds_of(manifest["thresholds"], len(layers))
+    _check_file(manifest["weights"])
+    parent = None
+    for line in manifest["batches"]:
+        if set(line) != set(_BATCH_KINDS):
+            raise ValueError(f"a ledger line has the fields {sorted(line)}, expected {sorted(_BATCH_KINDS)}")
+        for name, kind in _BATCH_KINDS.items():
+            if not isinstance(line[name], kind):
+                raise TypeError(f"{name} of batch {line['id']!r} is {line[name]!r}")
+        if line["parent"] != parent:
+            raise ValueError(f"the ledger is broken: batch {line['id']!r} does not follow {parent!r}")
+        parent = line["id"]
+        if line["thresholds"]:
+            thresholds_of(line["thresholds"], len(layers))
+        if len(line["alphas"]) != len(layers):
+            raise ValueError(f"batch {parent!r} has alphas {line['alphas']} for layers {layers}")
+        for alpha in line["alphas"]:
+            alpha_of(alpha)
+        outcomes_in(line)
+        _check_file(line["tensors"])
+
+
+def _check_file(entry: Mapping[str, Any]) -> None:
+    if not isinstance(entry["file"], str) or not isinstance(entry["sha256"], str):
+        raise TypeError(f"a tensor file is named by {entry!r}")
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def version_of(manifest: Mapping[str, Any]) -> str:
+    """Names what an edit set serves: 12 hex digits over deltas, thresholds and what these are compared with."""
+    served = json.dumps([manifest["weights"]["sha256"], manifest["thresholds"]])
+    if manifest["config"].get("threshold_relative"):  # sets without keep their names
+        served += "relative"
+    return hashlib.sha256(served.encode()).hexdigest()[:12]
+
+
+def batch_line(batch: Batch, parent: str | None, tensors: Mapping[str, str]) -> dict[str, Any]:
+    """The ledger line of `batch`, whose tensors are in the file `tensors`."""
+    return {
+        "id": batch.id,
+        "parent": parent,
+        "time": batch.time,
+        "seconds": batch.seconds,
+        "metrics": batch.metrics,
+        "alphas": [_number(update.alpha) for update in batch.layers],
+        "thresholds": thresholds_line(batch.thresholds),
+        "outcomes": [asdict(outcome) for outcome in batch.outcomes],
+        "tensors": tensors,
+    }
+
+
+def outcomes_in(line: Mapping[str, Any]) -> tuple[EditOutcome, ...]:
+    """The outcomes in a ledger line."""
+    return tuple(
+        EditOutcome(
+            request=_request_of(outcome["request"]),
+            loss=float(outcome["loss"]),
+            steps=int(outcome["steps"]),
+            strength=tuple(float(strength) for strength in outcome["strength"]),
+            residual_left=float(outcome["residual_left"]),
+            in_context_only=bool(outcome.get("in_context_only", False)),
+        )
+        for outcome in line["outcomes"]
+    )
+
+
+def _request_of(fields: Mapping[str, Any]) -> EditRequest:
+    unknown = sorted(set(fields) - set(EditRequest.__dataclass_fields__))
+    if unknown:
+        raise ValueError(f"a request in the ledger has unknown fields {unknown}")
+    return EditRequest(**fields)
+
+
+def thresholds_line(thresholds: Sequence[Threshold]) -> list[list[float | None]]:
+    return [[_number(each.value), _number(each.mean), _number(each.std)] for each in thresholds]
+
+
+def thresholds_of(line: Sequence[Sequence[float | None]], layers: int) -> tuple[Threshold, ...]:
+    """The thresholds of `layers` layers; ValueError where there are more or fewer."""
+    if len(line) != layers:
+        raise ValueError(f"there are {len(line)} thresholds for {layers} layers")
+    found = []
+    for value, mean, std in line:
+        found.append(Threshold(_back(value, math.inf), _back(mean, math.nan), _back(std, math.nan)))
+    return tuple(found)
+
+
+def alpha_of(value: float | None) -> float:
+    return _back(value, math.inf)
+
+
+def _number(value: float) -> float | None:
+    """JSON has no infinity or NaN."""
+    return value if math.isfinite(value) else None
+
+
+def _back(value: float | None, absent: float) -> float:
+    if value is None:
+        return absent
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise TypeError(f"{value!r} is no finite number")
+    return value

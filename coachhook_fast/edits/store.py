@@ -1,0 +1,345 @@
+"""The edit set on disk: safetensors + JSON in a folder (never pickle).
+
+    edits/
+      edit_set.json                 format version, base model, config, contexts, ledger, name and sha256 of each file
+      weights-<hash>.safetensors    U, B, W of every layer: all that serving needs
+      batch-<hash>.safetensors      K, R, X, E[kkᵀ]X of a batch: what going on and rolling back need
+
+Tensor files are written and synced first, under names of their own; renaming `edit_set.json` over its predecessor is
+the commit. A kill at any moment leaves the last committed version whole; files that no version names are swept later.
+Writers take turns by a lock on `.lock`, which the system releases when a process dies; of two that write, the later
+one's edit set is what stands there. Readers take no lock: one whose files are swept meanwhile reads the new version.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load as from_bytes
+from safetensors.torch import save as to_bytes
+from torch import Tensor
+
+from coachhook_fast.config import EditConfig
+from coachhook_fast.edits.delta import LowRankDelta
+from coachhook_fast.edits.edit_set import Batch, EditSet, LayerUpdate
+from coachhook_fast.edits.manifest import (  # fmt: skip
+    FORMAT,
+    MANIFEST,
+    alpha_of,
+    batch_line,
+    outcomes_in,
+    read_manifest,
+    thresholds_line,
+    thresholds_of,
+)
+
+LOCK = ".lock"
+_UPDATE = ("keys", "residuals", "directions")  # tensors of a layer's update
+_SPREAD = "spread"  # a fourth, under threshold_whitened
+_OURS_ON_THE_HUB = [f"{kind}-{'[0-9a-f]' * 16}.safetensors" for kind in ("weights", "batch")]
+_OURS = re.compile(r"(weights|batch)-[0-9a-f]{16}(\.safetensors|\.\d+\.tmp)|edit_set\.json\.\d+\.tmp")
+
+
+def save(edit_set: EditSet, folder: Path) -> None:
+    """Writes `edit_set` into `folder`; files of batches that stand there already are kept as they are.
+
+    Raises:
+        ValueError: it was loaded for serving, without its batches' updates.
+    """
+    edit_set.check_updates()
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder):
+        weights = {
+            f"{position}.{name}": tensor
+            for position, delta in enumerate(edit_set.deltas)
+            for name, tensor in delta.state_dict().items()
+        }
+        parents = [None, *(batch.id for batch in edit_set.batches)]
+        manifest = {
+            "format": FORMAT,
+            "model": edit_set.model,
+            "config": edit_set.config.to_dict(),
+            "contexts": list(edit_set.contexts),
+            "thresholds": thresholds_line(edit_set.thresholds),
+            "weights": _write_tensors(folder, "weights", weights),
+            "statistics": edit_set.statistics,
+            "batches": [
+                batch_line(batch, parent, _write_batch(folder, batch))
+                for batch, parent in zip(edit_set.batches, parents, strict=False)
+            ],
+        }
+        staging = folder / f"{MANIFEST}.{os.getpid()}.tmp"
+        _write_synced(staging, json.dumps(manifest, indent=1).encode())
+        staging.replace(folder / MANIFEST)
+        _sync_folder(folder)
+        _sweep(folder, manifest)
+
+
+def load(folder: Path, *, updates: bool = True) -> EditSet:
+    """Reads the committed edit set of `folder`.
+
+    Args:
+        updates: False leaves the batches' tensors where they are, the bulk of it, and reads what serving needs: such a
+            set cannot be edited, rolled back or saved.
+
+    Raises:
+        ValueError: no edit set there, an unknown format or field, a file that is missing or whose checksum differs.
+    """
+    return _read_whole(folder, functools.partial(_edit_set_of, updates=updates))
+
+
+def _edit_set_of(folder: Path, manifest: Mapping[str, Any], *, updates: bool) -> EditSet:
+    config = EditConfig.from_saved(manifest["config"])
+    assert config.layers is not None  # read_manifest has looked
+    layers = len(config.layers)
+    return EditSet(
+        model=manifest["model"],
+        config=config,
+        contexts=tuple(manifest["contexts"]),
+        deltas=_read_deltas(folder, manifest),
+        thresholds=thresholds_of(manifest["thresholds"], layers),
+        batches=tuple(_read_batch(folder, line, layers, updates=updates) for line in manifest["batches"]),
+        statistics=str(manifest.get("statistics", "")),
+    )
+
+
+def load_weights(folder: Path) -> list[tuple[LowRankDelta, float]]:
+    """The serving part alone: (delta as served, threshold) of each edited layer; see `load`."""
+    return _read_whole(folder, _weights_of)
+
+
+def _weights_of(folder: Path, manifest: Mapping[str, Any]) -> list[tuple[LowRankDelta, float]]:
+    deltas = _read_deltas(folder, manifest)
+    thresholds = thresholds_of(manifest["thresholds"], len(deltas))
+    return [(delta.served(), threshold.value) for delta, threshold in zip(deltas, thresholds, strict=True)]
+
+
+def _read_whole(folder: Path, read: Callable[[Path, Mapping[str, Any]], Any]) -> Any:
+    """Reads one version whole: if a writer swept its files meanwhile, the version that took its place."""
+    while True:
+        before = _commit_of(folder)
+        try:
+            return read(folder, read_manifest(folder))
+        except ValueError:
+            if _commit_of(folder) == before:
+                raise
+
+
+def _commit_of(folder: Path) -> tuple[int, int] | None:
+    """Tells commits apart; their contents may be equal, where two writers take turns."""
+    try:
+        found = (folder / MANIFEST).stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
+
+
+def check_base(edit_set: EditSet, model_id: str) -> None:
+    """ValueError unless the edit set belongs to the base model with fingerprint `model_id`."""
+    if edit_set.model != model_id:
+        raise ValueError(
+            f"edits belong to another base model: they were made for fingerprint {edit_set.model}, "
+            f"this model's is {model_id} (a copy of the right model in fp16, or a quantised one, differs in its last "
+            "digits: load_edits(..., check=False))"
+        )
+
+
+def check_continues(edit_set: EditSet, model_id: str, config: EditConfig) -> None:
+    """ValueError unless editing can go on from `edit_set` with `config` on this model."""
+    check_base(edit_set, model_id)
+    for name in (
+        "layers",
+        "layer_turns",
+        "others_weight",
+        "threshold_relative",
+        "threshold_whitened",
+        "mom2_update_weight",
+        "gate",
+        "context_seeds",
+        "context_tokens",
+        "subject_templates",
+    ):
+        old, new = getattr(edit_set.config, name), getattr(config, name)
+        if old != new:
+            raise ValueError(f"{name} is {new!r}, but the edits to go on from were made with {old!r}")
+
+
+def push_to_hub(
+    edit_set: EditSet,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | None = None,
+    commit_message: str = "Edit set of coachhook-fast",
+) -> str:
+    """Uploads the edit set to the Hugging Face hub in one commit and returns its address.
+
+    An edit set that the repository held makes way for it; all else there, such as a model, stays.
+
+    Args:
+        repo_id: "user/name"; made if it is not there.
+
+    Raises:
+        What huggingface_hub raises where the hub refuses.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    with tempfile.TemporaryDirectory() as staging:
+        save(edit_set, Path(staging))
+        return str(
+            api.upload_folder(
+                repo_id=repo_id, folder_path=staging, commit_message=commit_message,
+                allow_patterns=[MANIFEST, "*.safetensors"], delete_patterns=_OURS_ON_THE_HUB,
+            )
+        )  # fmt: skip
+
+
+def local_folder(name: str | Path, *, token: str | None = None) -> Path:
+    """`name` where it is a folder, else the hub's repository of that name, downloaded.
+
+    Raises:
+        ValueError: neither.
+    """
+    if Path(name).is_dir() or str(name).count("/") != 1 or str(name).startswith((".", "/")):
+        return Path(name)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=[MANIFEST, "*.safetensors"], token=token))
+    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+        raise ValueError(f"edits {str(name)!r} is neither a folder nor a repository of the hub: {error}") from error
+
+
+# -------------------------------------------------------------------- tensors
+
+
+def _write_batch(folder: Path, batch: Batch) -> dict[str, str]:
+    tensors = {
+        f"{position}.{name}": getattr(update, name)
+        for position, update in enumerate(batch.layers)
+        for name in (*_UPDATE, _SPREAD)
+        if getattr(update, name) is not None
+    }
+    return _write_tensors(folder, "batch", tensors)
+
+
+def _read_batch(folder: Path, line: Mapping[str, Any], layers: int, *, updates: bool) -> Batch:
+    return Batch(
+        id=line["id"],
+        time=line["time"],
+        seconds=line["seconds"],
+        metrics=line["metrics"],
+        outcomes=outcomes_in(line),
+        thresholds=thresholds_of(line["thresholds"], layers) if line["thresholds"] else (),
+        layers=_read_updates(folder, line, layers) if updates else (),
+    )
+
+
+def _read_updates(folder: Path, line: Mapping[str, Any], layers: int) -> tuple[LayerUpdate, ...]:
+    needed = {f"{position}.{name}" for position in range(layers) for name in _UPDATE}
+    tensors = _read_tensors(folder, line["tensors"], needed)
+    return tuple(
+        LayerUpdate(
+            keys=tensors[f"{position}.keys"],
+            residuals=tensors[f"{position}.residuals"],
+            directions=tensors[f"{position}.directions"],
+            alpha=alpha_of(alpha),
+            spread=tensors.get(f"{position}.{_SPREAD}"),
+        )
+        for position, alpha in enumerate(line["alphas"])
+    )
+
+
+def _read_deltas(folder: Path, manifest: Mapping[str, Any]) -> tuple[LowRankDelta, ...]:
+    layers = range(len(manifest["thresholds"]))
+    tensors = _read_tensors(folder, manifest["weights"], {f"{position}.B" for position in layers})
+    return tuple(
+        LowRankDelta.from_state_dict(
+            {name: tensors[f"{position}.{name}"] for name in ("U", "B", "W") if f"{position}.{name}" in tensors}
+        )
+        for position in layers
+    )
+
+
+# -------------------------------------------------------------------- files
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One writer at a time; systems without flock go without."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with (folder / LOCK).open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _write_tensors(folder: Path, kind: str, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Writes a file named by its content; its name and sha256 for the manifest."""
+    content = to_bytes({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+    digest = hashlib.sha256(content).hexdigest()
+    path = folder / f"{kind}-{digest[:16]}.safetensors"
+    if not path.is_file() or path.stat().st_size != len(content):
+        staging = path.with_suffix(f".{os.getpid()}.tmp")
+        _write_synced(staging, content)
+        staging.replace(path)
+    return {"file": path.name, "sha256": digest}
+
+
+def _read_tensors(folder: Path, entry: Mapping[str, str], needed: set[str]) -> dict[str, Tensor]:
+    """What the file of `entry` holds; ValueError where it is missing, damaged, or without a tensor of `needed`."""
+    path = folder / Path(entry["file"]).name
+    try:
+        content = path.read_bytes()  # once: a writer may sweep the file at any moment
+    except FileNotFoundError:
+        raise ValueError(f"edit set is incomplete: {path} is missing") from None
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != entry["sha256"]:
+        raise ValueError(f"{path} is damaged: sha256 {digest}, the edit set names {entry['sha256']}")
+    tensors = from_bytes(content)
+    if not needed <= tensors.keys():
+        raise ValueError(f"{path} lacks the tensors {sorted(needed - tensors.keys())}")
+    return tensors
+
+
+def _write_synced(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes the renames themselves durable; not every system lets a folder be opened."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sweep(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Removes tensor files that the committed version does not name, and leftovers of killed writers; of other files,
+    for edits may lie in a model's folder, none."""
+    named = {manifest["weights"]["file"], *(line["tensors"]["file"] for line in manifest["batches"])}
+    for path in folder.iterdir():
+        if _OURS.fullmatch(path.name) and path.name not in named:
+            path.unlink(missing_ok=True)

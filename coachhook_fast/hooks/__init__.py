@@ -1,0 +1,7 @@
+"""Edits in a model: the hook layer, its gate and versions, what transformers' caches need, and loading an edit set."""
+
+from __future__ import annotations
+
+from coachhook_fast.hooks.hooks import Hooks, hooks_of, twin
+
+__all__ = ["Hooks", "hooks_of", "twin"]

