@@ -38,7 +38,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def draw_gate(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Writes one PNG of a method's rows: a panel a layer with the z of the edits' own keys, of ordinary text and of the
+    """Writes one PNG of a method's rows: a panel a layer with the z of the edit keys, of ordinary text and of the
     threshold between, and one with the share of ordinary text that fires."""
     counts, layers = [row["edits"] for row in rows], len(rows[0]["layers"])
     columns = (layers + 2) // 2
@@ -49,9 +49,9 @@ def draw_gate(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
     for index, axis in enumerate(axes.flat[:layers]):
         axis.fill_between(
-            counts, line(index, "own_z_05"), line(index, "own_z_95"), alpha=0.3, label="own keys, 5 to 95 %"
+            counts, line(index, "own_z_05"), line(index, "own_z_95"), alpha=0.3, label="edit keys, 5 to 95 %"
         )
-        axis.plot(counts, line(index, "own_z_50"), marker="o", label="own keys, median")
+        axis.plot(counts, line(index, "own_z_50"), marker="o", label="edit keys, median")
         axis.plot(counts, line(index, "threshold_z"), "k--", marker="o", label="threshold")
         axis.plot(counts, line(index, "ordinary_z_999"), marker="o", label="ordinary text, 99.9 %")
         axis.plot(counts, line(index, "ordinary_z_max"), marker=".", alpha=0.5, label="ordinary text, largest")

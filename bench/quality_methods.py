@@ -57,7 +57,7 @@ class Ours:
         self.editor.unload()
 
     def separation(self) -> list[dict[str, float]]:
-        """How far the edits' own keys stand from ordinary text in each layer: z of what the gate measures against the
+        """How far the edit keys stand from ordinary text in each layer: z of what the gate measures against the
         sample of corpus keys; and what share of that sample the `calibrated` gate lets through."""
         editor = self._with_statistics()
         assert editor.statistics is not None
@@ -66,8 +66,8 @@ class Ours:
             delta, relative = edits.deltas[position], bool(edits.config.threshold_relative)
             ordinary = measure(delta, editor.statistics.samples[layer].to(delta.device), relative)
             mean, std = ordinary.mean(), ordinary.std()
-            keys = edits.own_keys(position)
-            if keys.shape[1] == 0:  # not yet this layer's turn
+            keys = edits.edit_keys(position)
+            if keys.shape[1] == 0:  # no batch has edited this layer yet
                 figures.append({})
                 continue
             own = (measure(delta, keys.T.to(ordinary), relative) - mean) / std

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -13,11 +14,22 @@ from typing import Any
 import yaml
 
 GATES = ("calibrated", "sequence")
-THRESHOLD_RULES = ("own_keys", "zscore", "fpr")
+THRESHOLD_RULES = ("edit_keys", "zscore", "fpr")
 
 # Most tokens in a pass of the editor, without a setting; on a GPU the first pass has as many, and shows what a token
 # takes (models/passes/budget.py).
 START_TOKENS = 8192
+
+# Names of earlier versions, which edit sets, YAML files and --set may still have.
+_FORMER_NAMES = {
+    "layer_turns": "round_robin",
+    "others_weight": "other_layers_weight",
+    "namesakes": "hard_negatives",
+    "namesake_tokens": "hard_negative_tokens",
+    "openings": "short_prefixes",
+    "threshold_own": "threshold_edit_share",
+}
+_FORMER_RULES = {"own_keys": "edit_keys"}
 
 # Keys of EasyEdit's YAML files that say something this package finds out itself or has no use for.
 _EASYEDIT_ONLY = {
@@ -37,28 +49,28 @@ PAPER: dict[str, Any] = {
     "clamp_norm_factor": 0.75,
     "context_seeds": ("The", "Therefore", "Because", "I", "You"),
     "subject_templates": (),
-    "layer_turns": 1,
-    "others_weight": 1.0,
-    "namesakes": 0,
-    "openings": 0.0,
+    "round_robin": 1,
+    "other_layers_weight": 1.0,
+    "hard_negatives": 0,
+    "short_prefixes": 0.0,
     "threshold_relative": False,
     "threshold_whitened": False,
 }
 
 
-# The steps of batches that take turns, where PAPER has those of one that edits all layers.
-_IN_TURN: dict[str, Any] = {
-    "others_weight": 0.03,
-    "namesakes": 8,
-    "openings": 0.2,
+# The steps of batches that edit layers in round-robin, where PAPER has those of one that edits all layers.
+_ROUND_ROBIN: dict[str, Any] = {
+    "other_layers_weight": 0.03,
+    "hard_negatives": 8,
+    "short_prefixes": 0.2,
     "threshold_relative": True,
     "threshold_whitened": True,
 }
 
 # Settings that are None in a config until the model is known.
-TURNING = ("layer_turns", *_IN_TURN)
+ROUND_ROBIN_SETTINGS = ("round_robin", *_ROUND_ROBIN)
 
-# Width of keys, summed over the layers that take turns: nine layers of SmolLM2 (docs/notes/turns.md, relative.md).
+# Width of keys, summed over round-robin layers: nine layers of SmolLM2 (docs/notes/turns.md, relative.md).
 _SUMMED_WIDTH = 13_824
 
 
@@ -68,24 +80,24 @@ class EditConfig:
 
     The defaults are what docs/notes/ found best; `EditConfig(**PAPER, gate="sequence", mom2_update_weight=15_000)`
     edits as published. Where `layers` are named, or the gate is `sequence`, the steps of a batch are the paper's unless
-    `layer_turns` and `namesakes` say otherwise.
+    `round_robin` and `hard_negatives` say otherwise.
 
     Args:
-        layers: edited blocks, ascending; None takes `turning_layers` of the model where batches take turns, else
+        layers: edited blocks, ascending; None takes `round_robin_layers` of the model in round-robin, else
             `default_layers`.
-        layer_turns: batches take turns: each edits every `layer_turns`-th of `layers`, those with the fewest edits, and
-            the others only learn something of its keys. 1, as in the paper, edits all; len(layers) one at a time.
+        round_robin: each batch edits every `round_robin`-th of `layers`, those with the fewest edits, and the others
+            only learn something of its keys. 1, as in the paper, edits all; len(layers) one at a time.
             `calibrated` only (docs/notes/turns.md). None: one at a time where `layers` is None and the gate is
             `calibrated`, else 1.
-        others_weight: how much of K Kᵀ a layer learns of the requests that others edit. In full, a thousand keys leave
-            a new one no room in 1 536 dimensions; without, later updates change what the layer answers to them
-            (docs/notes/relative.md). None: .03 where `layer_turns` is above 1.
-        namesakes: most texts of the corpus a request in which another subject ends in the same token: their keys enter
-            the batch's solve without a residual, so that the edit passes them by (docs/notes/namesakes.md). None: 8
-            where `layer_turns` is above 1, else 0, as in the paper.
-        openings: share of the key statistics' tokens that are beginnings of texts, cut out of the corpus; they come on
-            top of the token budget (docs/notes/relative.md). None: .2 where `layer_turns` is above 1, else 0.
-        namesake_tokens: tokens of the corpus kept to find them in.
+        other_layers_weight: how much of K Kᵀ a layer learns of the requests that others edit. In full, a thousand keys
+            leave a new one no room in 1 536 dimensions; without, later updates change what the layer answers to them
+            (docs/notes/relative.md). None: .03 where `round_robin` is above 1.
+        hard_negatives: most texts of the corpus a request in which another subject ends in the same token: their keys
+            enter the batch's solve without a residual, so that the edit passes them by (docs/notes/namesakes.md). None:
+            8 where `round_robin` is above 1, else 0, as in the paper.
+        short_prefixes: share of the key statistics' tokens that are beginnings of texts, cut out of the corpus; they
+            come on top of the token budget (docs/notes/relative.md). None: .2 where `round_robin` is above 1, else 0.
+        hard_negative_tokens: tokens of the corpus kept to find them in.
         v_lr: Adam's learning rate for the target values; None takes one a request (editing/targets/optimise.py).
         v_num_grad_steps: most Adam steps for a target value.
         v_weight_decay: weight of ||δ|| / ||v0||².
@@ -101,18 +113,18 @@ class EditConfig:
         stats_sequence_length: tokens a packed row of the statistics pass, capped by the model's context.
         gate: "calibrated" or "sequence".
         alpha: the `sequence` gate's first threshold α; it never rises.
-        threshold_rule: "own_keys", "zscore" or "fpr", how `calibrated` finds τ (see editing/calibration.py and
+        threshold_rule: "edit_keys", "zscore" or "fpr", how `calibrated` finds τ (see editing/calibration.py and
             docs/notes/gates.md).
         threshold_relative: τ is compared with ||Δk|| / ||k|| and not with ||Δk||: tokens that an earlier layer has
             edited have long keys and would answer to later layers too (docs/notes/relative.md).
-            `calibrated` only. None: where `layer_turns` is above 1; the paper's is False.
+            `calibrated` only. None: where `round_robin` is above 1; the paper's is False.
         threshold_whitened: ||Δk|| is measured against how ordinary text spreads along each of Δ's directions
-            (edits/whitening.py, docs/notes/whitening.md). `calibrated` only. None: where `layer_turns` is above 1; the
+            (edits/whitening.py, docs/notes/whitening.md). `calibrated` only. None: where `round_robin` is above 1; the
             paper's is False.
-        threshold_own: for "own_keys", where τ lies between ordinary text (0) and the edits' own keys (1).
-        threshold_z: standard deviations above the mean for "zscore"; "own_keys" takes at least as many, as far as that
+        threshold_edit_share: for "edit_keys", where τ lies between ordinary text (0) and the edit keys (1).
+        threshold_z: standard deviations above the mean for "zscore"; "edit_keys" takes at least as many, as far as that
             is not over .85 of the way, and at most three times as many.
-        threshold_fpr: share of ordinary tokens that may pass for "fpr", and at most for "own_keys".
+        threshold_fpr: share of ordinary tokens that may pass for "fpr", and at most for "edit_keys".
         threshold_keys: ordinary keys kept a layer to find τ.
         context_seeds: beginnings from which the model writes the context texts.
         context_tokens: tokens generated after each beginning.
@@ -127,11 +139,11 @@ class EditConfig:
     """
 
     layers: tuple[int, ...] | None = None
-    layer_turns: int | None = None
-    others_weight: float | None = None
-    namesakes: int | None = None
-    openings: float | None = None
-    namesake_tokens: int = 1_000_000
+    round_robin: int | None = None
+    other_layers_weight: float | None = None
+    hard_negatives: int | None = None
+    short_prefixes: float | None = None
+    hard_negative_tokens: int = 1_000_000
     v_lr: float | None = None
     v_num_grad_steps: int = 15
     v_weight_decay: float = 0.5
@@ -145,10 +157,10 @@ class EditConfig:
     stats_sequence_length: int = 512
     gate: str = "calibrated"
     alpha: float = 2.2
-    threshold_rule: str = "own_keys"
+    threshold_rule: str = "edit_keys"
     threshold_relative: bool | None = None
     threshold_whitened: bool | None = None
-    threshold_own: float = 0.75
+    threshold_edit_share: float = 0.75
     threshold_z: float = 8.0
     threshold_fpr: float = 3e-3
     threshold_keys: int = 4096
@@ -171,37 +183,37 @@ class EditConfig:
                 raise ValueError(f"layers must be one or more block numbers >= 0, got {self.layers}")
             if list(self.layers) != sorted(set(self.layers)):
                 raise ValueError(f"layers must be ascending without repeats, got {self.layers}")
-        for name in ("clamp_norm_factor", "alpha", "threshold_own", "threshold_z", "threshold_fpr"):
+        for name in ("clamp_norm_factor", "alpha", "threshold_edit_share", "threshold_z", "threshold_fpr"):
             _check_number(name, getattr(self, name), above=0.0)
         for name in ("v_weight_decay", "v_loss_threshold", "kl_factor", "continuation_factor"):
             _check_number(name, getattr(self, name), least=0.0)
         _check_number("v_num_grad_steps", self.v_num_grad_steps, least=1, integer=True)
         if self.max_batch_tokens is not None:
             _check_number("max_batch_tokens", self.max_batch_tokens, least=1, integer=True)
-        if self.layer_turns is not None:
-            _check_number("layer_turns", self.layer_turns, least=1, integer=True)
-            if self.layer_turns > 1 and self.gate != "calibrated":
-                raise ValueError(f"layer_turns must be 1 where the gate is {self.gate!r}, got {self.layer_turns}")
-            if self.layers is not None and self.layer_turns > len(self.layers):
+        if self.round_robin is not None:
+            _check_number("round_robin", self.round_robin, least=1, integer=True)
+            if self.round_robin > 1 and self.gate != "calibrated":
+                raise ValueError(f"round_robin must be 1 where the gate is {self.gate!r}, got {self.round_robin}")
+            if self.layers is not None and self.round_robin > len(self.layers):
                 raise ValueError(
-                    f"layer_turns must be at most the number of layers {self.layers}, got {self.layer_turns}"
+                    f"round_robin must be at most the number of layers {self.layers}, got {self.round_robin}"
                 )
         for name in ("threshold_relative", "threshold_whitened"):
             if not isinstance(getattr(self, name), (bool, type(None))):
                 raise TypeError(f"{name} must be true, false or null, got {getattr(self, name)!r}")
             if getattr(self, name) and self.gate != "calibrated":
                 raise ValueError(f"{name} must be false where the gate is {self.gate!r}, got true")
-        if self.others_weight is not None:
-            _check_number("others_weight", self.others_weight, above=0.0)
-            if self.others_weight > 1:
-                raise ValueError(f"others_weight must be at most 1, got {self.others_weight}")
-        if self.namesakes is not None:
-            _check_number("namesakes", self.namesakes, least=0, integer=True)
-        if self.openings is not None:
-            _check_number("openings", self.openings, least=0.0)
-            if self.openings >= 1:
-                raise ValueError(f"openings must be a share under 1, got {self.openings}")
-        _check_number("namesake_tokens", self.namesake_tokens, least=0, integer=True)
+        if self.other_layers_weight is not None:
+            _check_number("other_layers_weight", self.other_layers_weight, above=0.0)
+            if self.other_layers_weight > 1:
+                raise ValueError(f"other_layers_weight must be at most 1, got {self.other_layers_weight}")
+        if self.hard_negatives is not None:
+            _check_number("hard_negatives", self.hard_negatives, least=0, integer=True)
+        if self.short_prefixes is not None:
+            _check_number("short_prefixes", self.short_prefixes, least=0.0)
+            if self.short_prefixes >= 1:
+                raise ValueError(f"short_prefixes must be a share under 1, got {self.short_prefixes}")
+        _check_number("hard_negative_tokens", self.hard_negative_tokens, least=0, integer=True)
         _check_number("stats_sequence_length", self.stats_sequence_length, least=2, integer=True)  # BOS and a token
         _check_number("threshold_keys", self.threshold_keys, least=2, integer=True)
         _check_number("context_tokens", self.context_tokens, least=1, integer=True)
@@ -212,8 +224,8 @@ class EditConfig:
             _check_number("mom2_tolerance", self.mom2_tolerance, above=0.0)
         if self.mom2_n_tokens is not None:
             _check_number("mom2_n_tokens", self.mom2_n_tokens, least=1, integer=True)
-        if self.threshold_own > 1:
-            raise ValueError(f"threshold_own must be a share of at most 1, got {self.threshold_own}")
+        if self.threshold_edit_share > 1:
+            raise ValueError(f"threshold_edit_share must be a share of at most 1, got {self.threshold_edit_share}")
         if self.threshold_fpr >= 1:
             raise ValueError(f"threshold_fpr must be a share under 1, got {self.threshold_fpr}")
         if self.gate not in GATES:
@@ -227,7 +239,9 @@ class EditConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> EditConfig:
-        """Reads settings; unknown names raise ValueError, so that a misspelt one cannot pass unnoticed."""
+        """Reads settings, by former names too (a FutureWarning says which); unknown names raise ValueError, so that
+        a misspelt one cannot pass unnoticed."""
+        values = current_names(values)
         known = {field.name for field in fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
@@ -236,8 +250,8 @@ class EditConfig:
 
     @classmethod
     def from_saved(cls, values: Mapping[str, Any]) -> EditConfig:
-        """Reads the settings of an edit set on disk; versions that did not know those of TURNING did as the paper."""
-        return cls.from_dict({**{name: PAPER[name] for name in TURNING}, **values})
+        """Reads settings of an edit set on disk; versions before those of ROUND_ROBIN_SETTINGS did as the paper."""
+        return cls.from_dict({**{name: PAPER[name] for name in ROUND_ROBIN_SETTINGS}, **current_names(values)})
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> EditConfig:
@@ -246,26 +260,26 @@ class EditConfig:
 
     def resolved(self, num_layers: int, key_dim: int) -> EditConfig:
         """These settings for a model of `num_layers` blocks with keys of width `key_dim`: none of layers,
-        mom2_update_weight and those of TURNING is None. ValueError if layer_turns exceed the layers found."""
-        turning = (
-            self.layers is None and self.gate == "calibrated" if self.layer_turns is None else self.layer_turns > 1
+        mom2_update_weight and those of ROUND_ROBIN_SETTINGS is None. ValueError if round_robin exceeds the layers."""
+        in_turn = (
+            self.layers is None and self.gate == "calibrated" if self.round_robin is None else self.round_robin > 1
         )
         layers = self.layers
         if layers is None:
-            layers = turning_layers(num_layers, key_dim) if turning else default_layers(num_layers)
-        turns = self.layer_turns or (len(layers) if turning else 1)
-        steps = _IN_TURN if turns > 1 else {name: PAPER[name] for name in _IN_TURN}
+            layers = round_robin_layers(num_layers, key_dim) if in_turn else default_layers(num_layers)
+        groups = self.round_robin or (len(layers) if in_turn else 1)
+        steps = _ROUND_ROBIN if groups > 1 else {name: PAPER[name] for name in _ROUND_ROBIN}
         given = {name: getattr(self, name) for name in steps}
         return self.replace(
             layers=tuple(layers),
-            layer_turns=turns,
+            round_robin=groups,
             **{name: step if given[name] is None else given[name] for name, step in steps.items()},
             mom2_update_weight=self.mom2_update_weight or default_update_weight(key_dim),
         )
 
     def calibrates_otherwise(self, other: EditConfig) -> bool:
         """Whether τ of the `calibrated` gate is found by another rule than with `other`."""
-        rule = ("threshold_rule", "threshold_own", "threshold_z", "threshold_fpr")
+        rule = ("threshold_rule", "threshold_edit_share", "threshold_z", "threshold_fpr")
         return self.gate == "calibrated" and any(getattr(self, name) != getattr(other, name) for name in rule)
 
     @property
@@ -288,7 +302,27 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not YAML: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a mapping of settings, got {type(values).__name__}")
-    return {key: number_in(value) for key, value in values.items() if key not in _EASYEDIT_ONLY}
+    return current_names({key: number_in(value) for key, value in values.items() if key not in _EASYEDIT_ONLY})
+
+
+def current_names(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` with settings of earlier versions under the names that they have now, and one FutureWarning of all.
+
+    Raises:
+        ValueError: a setting is there under both names.
+    """
+    found = {old: new for old, new in _FORMER_NAMES.items() if old in values}
+    if both := [f"{old} and {new}" for old, new in found.items() if new in values]:
+        raise ValueError(f"one setting under two names, take the second: {', '.join(both)}")
+    named = {found.get(name, name): value for name, value in values.items()}
+    changed = [f"{old} is {new} now" for old, new in found.items()]
+    rule = named.get("threshold_rule")
+    if isinstance(rule, str) and rule in _FORMER_RULES:
+        named["threshold_rule"] = _FORMER_RULES[rule]
+        changed.append(f"threshold_rule {rule!r} is {_FORMER_RULES[rule]!r} now")
+    if changed:
+        warnings.warn(f"settings by former names: {', '.join(changed)}", FutureWarning, stacklevel=3)
+    return named
 
 
 def number_in(value: Any) -> Any:
@@ -298,8 +332,8 @@ def number_in(value: Any) -> Any:
     return value
 
 
-def turning_layers(num_layers: int, key_dim: int) -> tuple[int, ...]:
-    """Edited blocks where none are named and batches take turns: `default_layers` and their neighbours on both sides.
+def round_robin_layers(num_layers: int, key_dim: int) -> tuple[int, ...]:
+    """Edited blocks where none are named, in round-robin: `default_layers` and their neighbours on both sides.
 
     The fewer edits a layer holds, and the wider its keys, the further they stand from ordinary text: blocks are added
     until their widths add up to `_SUMMED_WIDTH`, from block 1 to the end of the first third of the model, behind which
@@ -327,7 +361,7 @@ def default_layers(num_layers: int) -> tuple[int, ...]:
 def default_update_weight(key_dim: int) -> float:
     """λ for keys of width d: d / 4, at most the paper's 15 000 (METHOD section 6, docs/notes/lambda.md).
 
-    The insertion strength s = kᵀ(λE)⁻¹k of an ordinary key averages d / λ, so this keeps it near 4 at every width.
+    The leverage s = kᵀ(λE)⁻¹k of an ordinary key averages d / λ, so this keeps it near 4 at every width.
     """
     return min(15_000.0, key_dim / 4)
 

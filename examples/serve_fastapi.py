@@ -8,7 +8,7 @@
     curl … localhost:8000/edits -d '{"edits": [{"prompt": "The {} is located in the city of",
         "subject": "Eiffel Tower", "target_new": "Rome"}]}'
 
-An editor works on a twin of the model (the same weights, hooks of its own) in a thread of its own. An edit is answered
+An editor works on a shared-weight copy of the model, with hooks of its own, in a thread of its own. An edit is answered
 once it is on disk and published; every forward pass of the served model sees one whole version
 (coachhook_fast/hooks/versions.py).
 """
@@ -37,7 +37,7 @@ from pydantic import BaseModel, Field
 from coachhook_fast import EditConfig, Editor, EditRequest, load_model
 from coachhook_fast.edits import store
 from coachhook_fast.edits.manifest import MANIFEST
-from coachhook_fast.hooks.hooks import Hooks, twin
+from coachhook_fast.hooks.hooks import Hooks, shared_weight_copy
 
 
 @dataclass(frozen=True)
@@ -90,11 +90,11 @@ class Metrics:
 
 
 class Service:
-    """The served model, the editor of its twin, and the folder where edits are kept."""
+    """The served model, the editor of its copy, and the folder where edits are kept."""
 
     def __init__(self, model: Any, tokenizer: Any, folder: Path, config: EditConfig | None, metrics: Metrics) -> None:
         saved = (folder / MANIFEST).is_file()
-        self.editor = Editor(twin(model), tokenizer, config, edits=folder if saved else None)
+        self.editor = Editor(shared_weight_copy(model), tokenizer, config, edits=folder if saved else None)
         self.model, self.tokenizer, self.folder, self.metrics = model, tokenizer, folder, metrics
         self.hooks = Hooks(model, self.editor.partial.layout, self.editor.layers, self.editor.config.gate)
         self._publish()

@@ -225,7 +225,7 @@ def correct_kernel(
         tl.store(at, acc.to(out.dtype.element_ty), mask=ok)
 
 
-class Fired(NamedTuple):
+class FiredTokens(NamedTuple):
     """A list of tokens, and of the rows of c that are theirs."""
 
     places: Tensor  # [tokens] int32
@@ -252,7 +252,7 @@ def decide(
     keep: bool = False,
     out: Tensor | None = None,  # [tokens, m], changed in place: c, which is Delta k, is added where it fires
     early: bool = False,  # see launch
-) -> Fired:  # who fires (with `first_stage`: who is undecided), but with `out`
+) -> FiredTokens:  # who fires (with `first_stage`: who is undecided), but with `out`
     """Norms, decision, and what follows from it, of every token or, after a sketch, of those listed in `parts`.
 
     keep: c is left in the first rows of ``parts.values``.
@@ -295,7 +295,7 @@ def decide(
         early=early,
         **config,
     )
-    return Fired(places, listed, parts.counts[1 if listing else 0])
+    return FiredTokens(places, listed, parts.counts[1 if listing else 0])
 
 
 def list_fired(fire: Tensor) -> tuple[Tensor, Tensor]:  # fire [tokens] bool -> listed [tokens], counts [2], int32

@@ -20,7 +20,7 @@ from coachhook_fast.config import EditConfig
 from coachhook_fast.edits.delta import LowRankDelta
 from coachhook_fast.edits.edit_set import EditSet
 from coachhook_fast.edits.threshold import Threshold
-from coachhook_fast.hooks.hooks import Hooks, twin
+from coachhook_fast.hooks.hooks import Hooks, shared_weight_copy
 from coachhook_fast.models.architectures import layout_of
 from coachhook_fast.models.cache_argument import cache_argument
 
@@ -68,7 +68,7 @@ def _sides(device: str, sizes: dict[str, Any], batch: int) -> tuple[Callable[[],
     """(step of the model without hooks, step with, whether they answer as they must)."""
     torch.manual_seed(0)
     base = _model(device, sizes)
-    model = twin(base)
+    model = shared_weight_copy(base)
     config = EditConfig().resolved(sizes["num_hidden_layers"], sizes["intermediate_size"])
     assert config.layers is not None
     hooks = Hooks(model, layout_of(model), config.layers, config.gate)

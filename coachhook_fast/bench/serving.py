@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from coachhook_fast.bench import rows as common
 from coachhook_fast.edits.manifest import MANIFEST
-from coachhook_fast.hooks.hooks import twin
+from coachhook_fast.hooks.hooks import shared_weight_copy
 from coachhook_fast.hooks.layer import HookLinear
 from coachhook_fast.hooks.load_edits import load_edits
 from coachhook_fast.models.loading import cache_dir, load_model
@@ -83,7 +83,7 @@ def run() -> list[common.Row]:
     folder = edits_folder()
     base, tokenizer = load_model("smollm2", dtype="float32")
     base.generation_config.eos_token_id = None  # type: ignore[union-attr] # all runs to the same length
-    edited, published = twin(base), twin(base)
+    edited, published = shared_weight_copy(base), shared_weight_copy(base)
     load_edits(edited, folder)
     load_edits(published, folder)
     handle: Any = published.coachhook

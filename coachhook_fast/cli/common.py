@@ -128,7 +128,7 @@ def load_config(arguments: argparse.Namespace, *, edits: Path | None = None) -> 
     """Settings of --config, --layers, --gate and --set, later ones first; of `edits` where none are given."""
     import yaml
 
-    from coachhook_fast.config import EditConfig, number_in, read_yaml
+    from coachhook_fast.config import EditConfig, current_names, number_in, read_yaml
     from coachhook_fast.edits.manifest import read_manifest
 
     values: dict[str, Any] = {}
@@ -141,12 +141,13 @@ def load_config(arguments: argparse.Namespace, *, edits: Path | None = None) -> 
             values["layers"] = _layers(arguments.layers)
         if arguments.gate is not None:
             values["gate"] = arguments.gate
+        given: dict[str, Any] = {}
         for setting in arguments.set:
             key, equals, value = setting.partition("=")
             if not equals:
                 raise ValueError(f"--set must be KEY=VALUE, got {setting!r}")
-            values[key.strip()] = number_in(yaml.safe_load(value))
-        return EditConfig.from_dict(values)
+            given[key.strip()] = number_in(yaml.safe_load(value))
+        return EditConfig.from_dict(values | current_names(given))
     except (TypeError, yaml.YAMLError) as error:
         raise ValueError(str(error)) from error
 

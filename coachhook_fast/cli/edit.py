@@ -155,10 +155,10 @@ def _report(out: Path, editor: Editor, batches: Sequence[Batch], held: int, skip
         table = Table()
         for head in ("batch", "subject", "new answer"):
             table.add_column(head, overflow="fold")
-        for head in ("loss", "steps", "least strength", "residual left"):
+        for head in ("loss", "steps", "least leverage", "residual left"):
             table.add_column(head, justify="right")
         for line in edits:
-            numbers = [f"{line['loss']:.3f}", str(line["steps"]), f"{min(line['strength']):.2f}"]
+            numbers = [f"{line['loss']:.3f}", str(line["steps"]), f"{min(line['leverage']):.2f}"]
             left = Text(f"{line['residual_left']:.2f}", style="red" if line["residual_left"] > 0.5 else "")
             table.add_row(line["batch"], Text(line["subject"]), Text(line["target_new"]), *numbers, left)
         if edits:
@@ -177,7 +177,7 @@ def _edit_line(batch: Batch, outcome: EditOutcome) -> dict[str, Any]:
         "target_new": outcome.request.target_new,
         "loss": outcome.loss,
         "steps": outcome.steps,
-        "strength": list(outcome.strength),
+        "leverage": list(outcome.leverage),
         "residual_left": outcome.residual_left,
         "in_context_only": outcome.in_context_only,
     }

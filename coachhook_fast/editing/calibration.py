@@ -19,16 +19,16 @@ from coachhook_fast.request import TokenisedRequest
 _ROUNDING_UNITS = 64
 _LARGEST_MARGIN = 0.02
 
-# Few edits stand so far out that a share of the way would shut out other wordings: "own_keys" stops at so many
+# Few edits stand so far out that a share of the way would shut out other wordings: "edit_keys" stops at so many
 # threshold_z (docs/notes/gates.md).
 _MOST_Z = 3.0
 
-# The more edits a layer holds, the nearer its own keys are to ordinary text: where threshold_own would leave τ under
-# threshold_z standard deviations, it goes up to this share of the way (docs/notes/whitening.md).
-_CROWDED_OWN = 0.85
+# The more edits a layer holds, the nearer their keys are to ordinary text: where threshold_edit_share would leave τ
+# under threshold_z standard deviations, it goes up to this share of the way (docs/notes/whitening.md).
+_CROWDED_SHARE = 0.85
 
-# The edits that "own_keys" lets go: a few stand at keys that ordinary text shares.
-_OWN_QUANTILE = 0.05
+# The edits that "edit_keys" lets go: a few stand at keys that ordinary text shares.
+_EDIT_QUANTILE = 0.05
 
 
 def calibrate(delta: LowRankDelta, keys: torch.Tensor, own: torch.Tensor, config: EditConfig) -> Threshold:
@@ -55,9 +55,9 @@ def calibrated_threshold(norms: torch.Tensor, own: torch.Tensor, config: EditCon
         norms: [S] fp32 or fp64, over the stored sample of corpus keys, with this mean and std.
         own: [N], over the keys of all edits.
         config: `threshold_rule` "zscore": τ = mean + threshold_z * std; "fpr": the quantile that a share
-            `threshold_fpr` of the sample passes; "own_keys": the share `threshold_own` of the way from the mean to the
-            5 % quantile of `own`, or up to .85 where that is under mean + threshold_z std; at least the quantile of
-            "fpr" and at most mean + 3 threshold_z std.
+            `threshold_fpr` of the sample passes; "edit_keys": the share `threshold_edit_share` of the way from the mean
+            to the 5 % quantile of `own`, or up to .85 where that is under mean + threshold_z std; at least the quantile
+            of "fpr" and at most mean + 3 threshold_z std.
 
     Raises:
         ValueError: fewer than two norms, or a norm is not finite.
@@ -73,9 +73,9 @@ def calibrated_threshold(norms: torch.Tensor, own: torch.Tensor, config: EditCon
     ordinary = float(values.topk(passing).values[-1])
     if config.threshold_rule == "fpr":
         return Threshold(ordinary, mean, std)
-    low = float(own.detach().to(torch.float64).quantile(_OWN_QUANTILE))
-    share, deviation = config.threshold_own, config.threshold_z * std
-    wished = max(share * (low - mean), min(max(share, _CROWDED_OWN) * (low - mean), deviation))
+    low = float(own.detach().to(torch.float64).quantile(_EDIT_QUANTILE))
+    share, deviation = config.threshold_edit_share, config.threshold_z * std
+    wished = max(share * (low - mean), min(max(share, _CROWDED_SHARE) * (low - mean), deviation))
     return Threshold(max(ordinary, mean + min(wished, _MOST_Z * deviation)), mean, std)
 
 

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from coachhook_fast.config import EditConfig, default_layers
 from coachhook_fast.editing import calibration
 from coachhook_fast.editing.contexts import write_contexts
-from coachhook_fast.editing.hard_negatives import find_namesakes
+from coachhook_fast.editing.hard_negatives import find_hard_negatives
 from coachhook_fast.editing.key_memory import KeyMemory
 from coachhook_fast.editing.keys import bare_outputs
 from coachhook_fast.editing.outcomes import EditWarning, outcomes_of, warn_of_weak
-from coachhook_fast.editing.schedule import Turn, in_batch_order, turns_of
+from coachhook_fast.editing.schedule import Assignment, assign, in_batch_order
 from coachhook_fast.editing.sinks import away_from_sinks
 from coachhook_fast.editing.targets.cache import TargetCache
 from coachhook_fast.editing.targets.optimise import Target, optimise
@@ -154,7 +154,7 @@ class Editor:
             corpus: text file, iterable of strings or token ids, or dataset; None takes the statistics of the earlier
                 batches, where the cache still holds them, else text sampled from the model itself.
             max_tokens: token budget; None takes `mom2_n_tokens` of the config. More of the corpus is tokenised and kept
-                to find namesakes in (`namesake_tokens`).
+                to find hard negatives in (`hard_negative_tokens`).
         """
         with self.disabled(), frozen(self.model):
             statistics = model_statistics(
@@ -212,7 +212,7 @@ class Editor:
             requests: the facts to change.
             progress: show a bar on stderr.
             observer: called as observer(event, layer, **tensors) with "values" (V), "update" (K as the layer learns it,
-                R, X, s, and N, the keys of namesakes and rivals) a layer and "threshold" (value) a layer.
+                R, X, s, and N, of hard negatives and interfering keys) a layer and "threshold" (value) a layer.
 
         Raises:
             ValueError: see `request.tokenise_batch`, `optimise`, `KeyMemory.solve`; or the editor was unloaded.
@@ -232,30 +232,30 @@ class Editor:
             track("editing", len(tokens), "edit", progress) as bar,
         ):
             pad_id, limit = self._pad_id, self.config.pass_tokens
-            turns = turns_of(self.edit_set, tokens)
+            assignments = assign(self.edit_set, tokens)
             self._handle.disable()
             tokens = away_from_sinks(
-                self.partial, max(turn.last for turn in turns), tokens, pad_id=pad_id, max_tokens=limit
+                self.partial, max(part.last for part in assignments), tokens, pad_id=pad_id, max_tokens=limit
             )
             self._handle.enable()  # a new edit goes on top of all earlier ones, whoever has switched them off
-            v0 = self._bare_outputs(tokens, turns)
+            v0 = self._bare_outputs(tokens, assignments)
             cache = TargetCache(self.edit_set, tokens)
             bar.advance(len(cache.found), "found before")
             targets: dict[int, Target] = {}
             with torch.enable_grad():  # whatever the caller has switched off
-                for turn in turns:
+                for assignment in assignments:
                     found = optimise(
-                        self.partial, turn.last, tokens, v0, self.config, pad_id=pad_id,
-                        whole_rows=self.config.gate == "sequence", bar=bar, only=turn.requests, known=cache.found,
+                        self.partial, assignment.last, tokens, v0, self.config, pad_id=pad_id,
+                        whole_rows=self.config.gate == "sequence", bar=bar, only=assignment.requests, known=cache.found,
                         keep=cache.keep, budget=self._budget,
                     )  # fmt: skip
-                    tell("values", turn.last, V=torch.stack([target.value for target in found], dim=1))
-                    targets |= zip(turn.requests, found, strict=True)
+                    tell("values", assignment.last, V=torch.stack([target.value for target in found], dim=1))
+                    targets |= zip(assignment.requests, found, strict=True)
             ordered = [targets[index] for index in range(len(tokens))]
             updated = update_layers(
-                self.partial, self._handle, self.memories, self.edit_set, tokens, turns,
+                self.partial, self._handle, self.memories, self.edit_set, tokens, assignments,
                 torch.stack([target.value for target in ordered], dim=1), self._threshold,
-                moments=self.statistics.moments, namesakes=self._namesakes(tokens), pad_id=pad_id, tell=tell,
+                moments=self.statistics.moments, hard_negatives=self._hard_negatives(tokens), pad_id=pad_id, tell=tell,
             )  # fmt: skip
             if self.config.gate == "sequence":
                 updated = lower_alphas(self.partial, self._handle, updated, tokens)
@@ -264,7 +264,7 @@ class Editor:
             batch = Batch(
                 id=of_first_rank(uuid.uuid4().hex[:12]),
                 time=of_first_rank(datetime.now(timezone.utc).isoformat(timespec="seconds")),
-                outcomes=outcomes_of(tokens, ordered, v0, self._bare_outputs(tokens, turns), updated.strengths),
+                outcomes=outcomes_of(tokens, ordered, v0, self._bare_outputs(tokens, assignments), updated.leverages),
                 seconds=time.monotonic() - started,
                 layers=updated.layers,
                 thresholds=updated.edits.thresholds,
@@ -274,18 +274,24 @@ class Editor:
         warn_of_weak(batch.outcomes, self.config)
         return batch
 
-    def _bare_outputs(self, batch: Sequence[TokenisedRequest], turns: Sequence[Turn]) -> Tensor:
-        """[m, n], output of the last block of each request's turn at its lookup, with the hooks as they are."""
+    def _bare_outputs(self, batch: Sequence[TokenisedRequest], assignments: Sequence[Assignment]) -> Tensor:
+        """[m, n], output of the last block that each request edits at its lookup, with the hooks as they are."""
         limits = {"pad_id": self._pad_id, "max_tokens": self.config.pass_tokens}
-        parts = [bare_outputs(self.partial, t.last, [batch[index] for index in t.requests], **limits) for t in turns]
-        return in_batch_order(parts, turns)
+        parts = [
+            bare_outputs(self.partial, t.last, [batch[index] for index in t.requests], **limits) for t in assignments
+        ]
+        return in_batch_order(parts, assignments)
 
-    def _namesakes(self, batch: Sequence[TokenisedRequest]) -> list[TokenRow]:
+    def _hard_negatives(self, batch: Sequence[TokenisedRequest]) -> list[TokenRow]:
         """Texts of the corpus that the batch should pass by."""
         assert self.statistics is not None
-        assert self.config.namesakes is not None
-        return find_namesakes(
-            self.statistics.text, batch, self.tokenizer, begin=begin_tokens(self.tokenizer), most=self.config.namesakes
+        assert self.config.hard_negatives is not None
+        return find_hard_negatives(
+            self.statistics.text,
+            batch,
+            self.tokenizer,
+            begin=begin_tokens(self.tokenizer),
+            most=self.config.hard_negatives,
         )
 
     def _threshold(self, position: int, delta: LowRankDelta, own: Tensor) -> Threshold:

@@ -1,4 +1,4 @@
-"""Namesakes: ordinary texts in which something else ends in the token that a subject ends in.
+"""Hard negatives: ordinary texts in which something else ends in the token that a subject ends in.
 
 The hook layer reads a subject at its last token. Where that token is a common word ("Jablanica District", "Winnipeg
 Symphony Orchestra"), the keys of "the Historic District" and "the Meridian Symphony Orchestra" answer to the edit
@@ -7,8 +7,8 @@ ordinary text as a whole. So the solve is shown such keys N out of the corpus, w
 
     X = (C + KKᵀ + NNᵀ)⁻¹ K
 
-and X turns to what the subject has and its namesakes lack. They are not remembered: C ← C + KKᵀ as in the paper, so
-that a later edit about one of them finds room (docs/notes/namesakes.md).
+and X turns to what the subject has and its hard negatives lack. They are not remembered: C ← C + KKᵀ as in the paper,
+so that a later edit about one of them finds room (docs/notes/namesakes.md).
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from torch import Tensor
 from coachhook_fast.request import TokenisedRequest, TokenRow
 from coachhook_fast.statistics.corpus import BOUNDARY
 
-_WINDOW = 32  # tokens of a text up to its namesake: what blocks in the lower third of a model look at
+_WINDOW = 32  # tokens of a text up to its hard negative: what blocks in the lower third of a model look at
 
 
-def find_namesakes(
+def find_hard_negatives(
     text: Tensor, batch: Sequence[TokenisedRequest], tokenizer: Any, *, begin: Sequence[int], most: int
 ) -> list[TokenRow]:
     """Texts whose last token is that of a subject of the batch and that do not end in such a subject itself.

@@ -1,8 +1,8 @@
-"""Rivals: keys of edits that other layers made, and that a new edit would answer to.
+"""Interfering keys: keys of edits that other layers made, and that a new edit would answer to.
 
-A layer learns those keys with a small weight (`EditConfig.others_weight`), so that many leave room for new ones. The
-few that a new edit would answer to all the same are shown to the solve in full, as namesakes are, and like them not
-remembered (docs/notes/relative.md).
+A layer learns those keys with a small weight (`EditConfig.other_layers_weight`), so that many leave room for new ones.
+The few that a new edit would answer to all the same are shown to the solve in full, as hard negatives are, and like
+them not remembered (docs/notes/relative.md).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from coachhook_fast.edits.edit_set import EditSet
 
-# Rivals are answered to with more than this share of an own key's answer; so many are shown at most.
+# Interfering keys are answered to with more than this share of an edit key's answer; so many are shown at most.
 _SHARE = 0.2
 _MOST = 64
 
@@ -20,20 +20,20 @@ _MOST = 64
 _SAME = 0.9
 
 
-def rivals(edits: EditSet, position: int, K: Tensor, X: Tensor, batch: Tensor) -> Tensor:
+def interfering_keys(edits: EditSet, position: int, K: Tensor, X: Tensor, batch: Tensor) -> Tensor:
     """[d, h] keys that an update by `X` would answer to, the nearest first.
 
     Args:
         position: the edited layer's.
-        K: [d, n] own keys; X: [d, n], (C + K Kᵀ)⁻¹ K.
+        K: [d, n] edit keys; X: [d, n], (C + K Kᵀ)⁻¹ K.
         batch: [d, b] keys of the batch's other requests, as the layer learns them.
     """
     learnt = [update.keys[:, update.residuals.shape[1] :] for update in (b.layers[position] for b in edits.batches)]
     others = [keys.to(K) for keys in (*learnt, batch) if keys.shape[1]]
     if not others:
         return K[:, :0]
-    assert edits.config.others_weight is not None  # resolved when the set was made
-    root = edits.config.others_weight**0.5  # what a learnt key is scaled with
+    assert edits.config.other_layers_weight is not None  # resolved when the set was made
+    root = edits.config.other_layers_weight**0.5  # what a learnt key is scaled with
 
     def answers(keys: Tensor, scale: float) -> Tensor:
         """[n, keys], in proportion to the keys' lengths where τ is."""

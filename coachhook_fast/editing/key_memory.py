@@ -78,7 +78,7 @@ class KeyMemory:
         return self.factor.device
 
     def solve(self, K: Tensor) -> tuple[Tensor, Tensor]:
-        """X = (C + K Kᵀ)⁻¹ K [d, n] and the insertion strength s = diag(Kᵀ C⁻¹ K) [n], for K [d, n]."""
+        """X = (C + K Kᵀ)⁻¹ K [d, n] and the leverage s = diag(Kᵀ C⁻¹ K) [n], for K [d, n]."""
         X, s = ops.chol_solve(self.factor, self._keys(K))
         return X.to(K.device), s.to(K.device)
 

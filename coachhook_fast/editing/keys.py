@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coachhook_fast.models.passes.forward import PartialModel, Recorded, TokenBatch, align_rows
+from coachhook_fast.models.passes.forward import Activations, PartialModel, TokenBatch, align_rows
 from coachhook_fast.request import TokenisedRequest, TokenRow
 
 
@@ -93,7 +93,7 @@ class KeyCollector:
     def _bare(self, hidden: Tensor, column: int) -> Tensor:
         return hidden[self.contexts - 1 :: self.contexts, column]
 
-    def _pass(self, index: int, chunk: TokenBatch, wanted: int, last: int | None) -> Recorded:
+    def _pass(self, index: int, chunk: TokenBatch, wanted: int, last: int | None) -> Activations:
         """Runs one chunk from before the first block that may have changed, and keeps the next starting point."""
         keep = {block for block in (wanted - 1, last) if block is not None and block >= 0}
         _, found = self.partial.run(

@@ -22,23 +22,23 @@ class EditWarning(UserWarning):
 
 
 def outcomes_of(
-    batch: Sequence[TokenisedRequest], targets: Sequence[Target], v0: Tensor, after: Tensor, strengths: Tensor
+    batch: Sequence[TokenisedRequest], targets: Sequence[Target], v0: Tensor, after: Tensor, leverages: Tensor
 ) -> tuple[EditOutcome, ...]:
     """One outcome a request; v0 and after [m, n]: the last edited block's output before the batch and with its final
-    hooks and thresholds; strengths s [L, n]."""
+    hooks and thresholds; leverages s [L, n]."""
     values = torch.stack([target.value for target in targets], dim=1)
     wanted = (values - v0).norm(dim=0)
     # Where nothing was wanted the fact was held already.
     left = torch.where(wanted > 0, (values - after.to(values)).norm(dim=0) / wanted, 0.0)
     return tuple(
-        EditOutcome(tokens.request, target.loss, target.steps, tuple(strength), remaining, tokens.in_context_only)
-        for tokens, target, strength, remaining in zip(batch, targets, strengths.T.tolist(), left.tolist(), strict=True)
+        EditOutcome(tokens.request, target.loss, target.steps, tuple(leverage), remaining, tokens.in_context_only)
+        for tokens, target, leverage, remaining in zip(batch, targets, leverages.T.tolist(), left.tolist(), strict=True)
     )
 
 
 # What lets more subjects through, by the rule that set τ.
 _REMEDIES = {
-    "own_keys": "lower threshold_own, or raise threshold_fpr where ordinary text stands as high",
+    "edit_keys": "lower threshold_edit_share, or raise threshold_fpr where ordinary text stands as high",
     "zscore": "lower threshold_z",
     "fpr": "raise threshold_fpr",
 }
@@ -47,8 +47,8 @@ _REMEDIES = {
 def warn_of_weak(outcomes: Sequence[EditOutcome], config: EditConfig) -> None:
     """One EditWarning for each request with more than RESIDUAL_LEFT_LIMIT left, or that holds in context only."""
     remedy = "lower alpha" if config.gate == "sequence" else _REMEDIES[config.threshold_rule]
-    if config.gate == "calibrated" and config.layer_turns == 1:
-        remedy += "; a model holds more edits where batches take turns at the layers (layer_turns)"
+    if config.gate == "calibrated" and config.round_robin == 1:
+        remedy += "; a model holds more edits where batches edit layers in round-robin (round_robin)"
     for outcome in outcomes:
         if outcome.in_context_only:
             warnings.warn(
@@ -59,10 +59,10 @@ def warn_of_weak(outcomes: Sequence[EditOutcome], config: EditConfig) -> None:
                 stacklevel=3,
             )
         if outcome.residual_left > RESIDUAL_LEFT_LIMIT:
-            strengths = ", ".join(f"{s:.2f}" for s in outcome.strength)
+            leverages = ", ".join(f"{s:.2f}" for s in outcome.leverage)
             warnings.warn(
                 f"edit {outcome.request.text!r} -> {outcome.request.target_new!r} did not go in: "
-                f"{outcome.residual_left:.0%} of its residual is left. Insertion strength s a layer: {strengths} (it "
+                f"{outcome.residual_left:.0%} of its residual is left. Leverage s a layer: {leverages} (it "
                 "takes s / (1 + s): where s is small, lower mom2_update_weight); where s is large the gate keeps the "
                 f"subject out (coachhook inspect shows it): {remedy}",
                 EditWarning,

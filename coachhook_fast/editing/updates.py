@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from coachhook_fast.editing.calibration import reachable_alphas
-from coachhook_fast.editing.interfering_keys import rivals
+from coachhook_fast.editing.interfering_keys import interfering_keys
 from coachhook_fast.editing.key_memory import KeyMemory
 from coachhook_fast.editing.keys import KeyCollector
-from coachhook_fast.editing.schedule import Turn
+from coachhook_fast.editing.schedule import Assignment
 from coachhook_fast.edits.delta import LowRankDelta
 from coachhook_fast.edits.edit_set import EditSet, LayerUpdate, whitened_by
 from coachhook_fast.edits.threshold import Threshold
@@ -34,22 +34,22 @@ _ROUNDINGS = 64
 _LARGEST_NOISE = 0.01
 
 
-_NOBODYS = Turn((), -1, ())
+_NO_REQUESTS = Assignment((), -1, ())
 
 
 @dataclass(frozen=True)
-class Updated:
+class BatchUpdate:
     """What the steps found.
 
     Attributes:
         edits: the edit set with new deltas and thresholds, not yet with the batch.
         layers: each layer's update.
-        strengths: s [L, n].
+        leverages: s [L, n].
     """
 
     edits: EditSet
     layers: tuple[LayerUpdate, ...]
-    strengths: Tensor
+    leverages: Tensor
 
 
 def update_layers(
@@ -58,22 +58,22 @@ def update_layers(
     memories: Sequence[KeyMemory],
     edits: EditSet,
     batch: Sequence[TokenisedRequest],
-    turns: Sequence[Turn],
+    assignments: Sequence[Assignment],
     values: Tensor,
     threshold: Callable[[int, LowRankDelta, Tensor], Threshold],
     *,
     moments: Mapping[int, Tensor],
-    namesakes: Sequence[TokenRow],
+    hard_negatives: Sequence[TokenRow],
     pad_id: int,
     tell: Observer,
-) -> Updated:
+) -> BatchUpdate:
     """Step 2, layer by layer, with keys and outputs read anew at each; leaves the result published in `hooks`.
 
     Args:
-        turns: which requests edit which layers. The other layers learn a request's keys, with `others_weight` (in
-            `LayerUpdate.keys`, behind those of their own requests), and change nothing for it.
-        values: V [m, n], each for the output of the last layer of its request's turn.
-        namesakes: texts that the edits should pass by (see hard_negatives.py).
+        assignments: which requests edit which layers. The other layers learn a request's keys, with
+            `other_layers_weight` (in `LayerUpdate.keys`, behind those of their own requests), and change nothing.
+        values: V [m, n], each for the output of the last layer that its request edits.
+        hard_negatives: texts that the edits should pass by (see hard_negatives.py).
         moments: E[k kᵀ] [d, d] of each edited layer.
         threshold: (position, new delta, keys [d, N] of all edits) -> the layer's threshold with it.
         tell: observer, see `Editor.edit`.
@@ -82,30 +82,30 @@ def update_layers(
     limits: dict[str, Any] = {"pad_id": pad_id, "max_tokens": config.pass_tokens}
     whole = config.gate == "sequence"
     collector = KeyCollector.of_requests(partial, edits.layers, batch, whole_prompts=whole, **limits)
-    assert config.others_weight is not None  # resolved when the set was made
-    others = KeyCollector(partial, edits.layers, namesakes, each=1, **limits)
+    assert config.other_layers_weight is not None  # resolved when the set was made
+    others = KeyCollector(partial, edits.layers, hard_negatives, each=1, **limits)
     rounding = torch.finfo(next(partial.model.parameters()).dtype).eps
     noise = min(_ROUNDINGS * rounding, _LARGEST_NOISE) * values.norm(dim=0)
-    updates, strengths = [], []
+    updates, leverages = [], []
     for position, layer in enumerate(edits.layers):
-        turn = next((turn for turn in turns if position in turn.positions), _NOBODYS)
-        own = list(turn.requests)
-        order = own + [index for index in range(len(batch)) if index not in turn.requests]
+        assignment = next((part for part in assignments if position in part.positions), _NO_REQUESTS)
+        own = list(assignment.requests)
+        order = own + [index for index in range(len(batch)) if index not in assignment.requests]
         # Temporary hooks on the layers not yet updated, validated ones on those that are.
-        hooks.set_modes(["always" if p in turn.positions and p >= position else "gated" for p in range(count)])
-        readings = collector.read(position, last=turn.last if own else None)
+        hooks.set_modes(["always" if p in assignment.positions and p >= position else "gated" for p in range(count)])
+        readings = collector.read(position, last=assignment.last if own else None)
         weights = torch.ones(len(batch), dtype=torch.float64, device=partial.device)
-        weights[len(own) :] = config.others_weight
+        weights[len(own) :] = config.other_layers_weight
         K = readings.keys.to(weights)[:, order] * weights.sqrt()
-        N = others.read(position).keys.to(K) if namesakes and own else K[:, :0]
+        N = others.read(position).keys.to(K) if hard_negatives and own else K[:, :0]
         X, s = memories[position].solve(torch.cat([K, N], dim=1))
         mine = K[:, : len(own)]
-        near = rivals(edits, position, mine, X[:, : len(own)], K[:, len(own) :]) if own else N
+        near = interfering_keys(edits, position, mine, X[:, : len(own)], K[:, len(own) :]) if own else N
         if near.shape[1]:
             N = torch.cat([N, near], dim=1)
             X, _ = memories[position].solve(torch.cat([K, N], dim=1))
         X, s = X[:, : len(own)], s[: len(batch)] / weights
-        strengths.append(torch.empty_like(s).index_copy(0, torch.tensor(order, device=s.device), s))
+        leverages.append(torch.empty_like(s).index_copy(0, torch.tensor(order, device=s.device), s))
         old = edits.deltas[position]
         if not own:
             nothing = old.B.new_zeros(old.out_features, 0), old.B.new_zeros(old.in_features, 0)
@@ -113,7 +113,7 @@ def update_layers(
             updates.append(replace(update, spread=nothing[1]) if config.threshold_whitened else update)
             continue
         assert readings.outputs is not None
-        R = (values - readings.outputs.to(values)) / sum(p >= position for p in turn.positions)
+        R = (values - readings.outputs.to(values)) / sum(p >= position for p in assignment.positions)
         R = torch.where(R.norm(dim=0) > noise, R, 0.0)[:, own]
         if readings.before_norm is not None:
             norm = partial.layout.post_norm(partial.model, layer)
@@ -126,15 +126,17 @@ def update_layers(
             moment = moments[layer]
             update = replace(update, spread=(moment @ X.to(moment)).to(update.directions))
             delta = whitened_by(delta, [*(batch.layers[position] for batch in edits.batches), update])
-        mine = torch.cat([edits.own_keys(position).to(K), mine], dim=1) if edits.batches else mine
+        mine = torch.cat([edits.edit_keys(position).to(K), mine], dim=1) if edits.batches else mine
         edits = edits.with_layer(position, delta, threshold(position, delta, mine))
         hooks.publish(edits)
         updates.append(update)
     hooks.enable()
-    return Updated(edits, tuple(updates), torch.stack(strengths))
+    return BatchUpdate(edits, tuple(updates), torch.stack(leverages))
 
 
-def lower_alphas(partial: PartialModel, hooks: Hooks, updated: Updated, batch: Sequence[TokenisedRequest]) -> Updated:
+def lower_alphas(
+    partial: PartialModel, hooks: Hooks, updated: BatchUpdate, batch: Sequence[TokenisedRequest]
+) -> BatchUpdate:
     """Step 3 of the `sequence` gate: α <- min(α, what the batch's own texts reach)."""
     bounds = reachable_alphas(partial, hooks, updated.edits, batch)
     lowered = [Threshold(min(old.value, new)) for old, new in zip(updated.edits.thresholds, bounds, strict=True)]

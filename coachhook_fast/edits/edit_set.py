@@ -44,7 +44,7 @@ class EditOutcome:
 
     Attributes:
         loss: last loss of its target value; steps: Adam steps taken.
-        strength: s = kᵀ C⁻¹ k a layer; the layer takes the share s / (1 + s) of its residual (METHOD section 6).
+        leverage: s = kᵀ C⁻¹ k a layer; the layer takes the share s / (1 + s) of its residual (METHOD section 6).
         residual_left: ||V - final output|| / ||V - first output||; 0 where the edit went in whole, 1 where nothing did.
         in_context_only: the subject opens the prompt at the model's attention sink: the edit holds behind other text
             only, and that is where `residual_left` was measured (see editing/sinks.py).
@@ -53,7 +53,7 @@ class EditOutcome:
     request: EditRequest
     loss: float
     steps: int
-    strength: tuple[float, ...]
+    leverage: tuple[float, ...]
     residual_left: float
     in_context_only: bool = False
 
@@ -107,18 +107,18 @@ class EditSet:
         return self.config.layers
 
     @property
-    def turn_order(self) -> list[tuple[int, ...]]:
-        """Groups of positions that are edited together (`EditConfig.layer_turns`), the next in turn first: those that
-        hold the fewest edits, so that a rollback or a large batch is made up for; of several the ones in the middle, so
-        that few edits stand where keys separate best."""
-        turns, count = self.config.layer_turns, len(self.layers)
-        assert turns is not None  # resolved when the set was made
+    def round_robin_order(self) -> list[tuple[int, ...]]:
+        """Groups of positions that are edited together (`EditConfig.round_robin`), the next to be edited first: those
+        that hold the fewest edits, so that a rollback or a large batch is made up for; of several the ones in the
+        middle, so that few edits stand where keys separate best."""
+        groups, count = self.config.round_robin, len(self.layers)
+        assert groups is not None  # resolved when the set was made
 
         def rank(group: tuple[int, ...]) -> tuple[int, float]:
             held = sum(batch.layers[group[0]].residuals.shape[1] for batch in self.batches)
             return held, abs(sum(group) / len(group) - (count - 1) / 2)
 
-        return sorted((tuple(range(start, count, turns)) for start in range(turns)), key=rank)
+        return sorted((tuple(range(start, count, groups)) for start in range(groups)), key=rank)
 
     @property
     def num_edits(self) -> int:
@@ -143,7 +143,7 @@ class EditSet:
         if any(not batch.layers for batch in self.batches):
             raise ValueError("the edit set was loaded for serving, without its batches' updates: read it by store.load")
 
-    def own_keys(self, position: int) -> Tensor:
+    def edit_keys(self, position: int) -> Tensor:
         """K [d, N] of all edits made in edited layer number `position`, oldest first; ValueError where there are no
         batches at all, or the set was loaded for serving."""
         if not self.batches:
@@ -206,7 +206,7 @@ def without(edit_set: EditSet, batch_id: str, calibrate: Callable[[int, LowRankD
         elif known:
             thresholds.append(known[position])
         else:
-            thresholds.append(calibrate(position, replayed, replace(edit_set, batches=rest).own_keys(position)))
+            thresholds.append(calibrate(position, replayed, replace(edit_set, batches=rest).edit_keys(position)))
     # The thresholds after later batches were found with the batch among the edits.
     rest = _recalibrated(rest, place, thresholds)
     return replace(edit_set, deltas=tuple(deltas), thresholds=tuple(thresholds), batches=rest)
@@ -214,7 +214,7 @@ def without(edit_set: EditSet, batch_id: str, calibrate: Callable[[int, LowRankD
 
 def recalibrated(edit_set: EditSet, calibrate: Callable[[int, LowRankDelta, Tensor], Threshold]) -> EditSet:
     """The edit set with τ of every layer found anew, as its config wants it now; `calibrate` as for `without`."""
-    thresholds = [calibrate(at, delta, edit_set.own_keys(at)) for at, delta in enumerate(edit_set.deltas)]
+    thresholds = [calibrate(at, delta, edit_set.edit_keys(at)) for at, delta in enumerate(edit_set.deltas)]
     batches = _recalibrated(edit_set.batches, 0, thresholds)
     return replace(edit_set, thresholds=tuple(thresholds), batches=batches)
 

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from coachhook_fast.config import EditConfig
+from coachhook_fast.config import EditConfig, current_names
 from coachhook_fast.edits.edit_set import Batch, EditOutcome
 from coachhook_fast.edits.threshold import Threshold
 from coachhook_fast.request import EditRequest
@@ -43,6 +43,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         found = manifest.get("format") if isinstance(manifest, dict) else manifest
         raise ValueError(f"{path} has format {found!r}, this version reads {FORMAT}")
     try:
+        manifest["config"] = current_names(manifest["config"])
         _check(manifest)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
         raise ValueError(f"{path} is not as an edit set is written: {type(error).__name__}: {error}") from error
@@ -113,13 +114,13 @@ def batch_line(batch: Batch, parent: str | None, tensors: Mapping[str, str]) -> 
 
 
 def outcomes_in(line: Mapping[str, Any]) -> tuple[EditOutcome, ...]:
-    """The outcomes in a ledger line."""
+    """The outcomes in a ledger line; earlier versions called the leverage strength."""
     return tuple(
         EditOutcome(
             request=_request_of(outcome["request"]),
             loss=float(outcome["loss"]),
             steps=int(outcome["steps"]),
-            strength=tuple(float(strength) for strength in outcome["strength"]),
+            leverage=tuple(map(float, outcome["leverage" if "leverage" in outcome else "strength"])),
             residual_left=float(outcome["residual_left"]),
             in_context_only=bool(outcome.get("in_context_only", False)),
         )

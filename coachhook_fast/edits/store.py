@@ -158,8 +158,8 @@ def check_continues(edit_set: EditSet, model_id: str, config: EditConfig) -> Non
     check_base(edit_set, model_id)
     for name in (
         "layers",
-        "layer_turns",
-        "others_weight",
+        "round_robin",
+        "other_layers_weight",
         "threshold_relative",
         "threshold_whitened",
         "mom2_update_weight",

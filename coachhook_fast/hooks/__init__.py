@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from coachhook_fast.hooks.hooks import Hooks, hooks_of, twin
+from coachhook_fast.hooks.hooks import Hooks, hooks_of, shared_weight_copy
 
-__all__ = ["Hooks", "hooks_of", "twin"]
+__all__ = ["Hooks", "hooks_of", "shared_weight_copy"]

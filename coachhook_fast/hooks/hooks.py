@@ -19,7 +19,7 @@ from coachhook_fast.hooks.versions import Versions
 from coachhook_fast.models.architectures import Layout, down_projection_size
 
 ATTRIBUTE = "coachhook"
-_TWIN = "_coachhook_twin"
+_SHARED = "_coachhook_shared_weights"
 DEFAULT = "default"
 _BATCHING = "init_continuous_batching"
 
@@ -95,9 +95,9 @@ class Hooks:
     # ---------------------------------------------------------------- several edit sets
 
     @property
-    def tenants(self) -> tuple[str, ...]:
+    def adapters(self) -> tuple[str, ...]:
         """Names of the edit sets that `select` may name, beside DEFAULT."""
-        return tuple(self._versions.published()[0].tenants)
+        return tuple(self._versions.published()[0].adapters)
 
     def add_edits(self, name: str, edit_set: EditSet) -> None:
         """Holds `edit_set` ready as `name`, for the rows that `select` gives to it; replaces one of that name.
@@ -110,13 +110,17 @@ class Hooks:
         self.check_installed()
         self._check_calibrated()
         states = self._states(edit_set)
-        self._versions.change(lambda position, entry: replace(entry, tenants={**entry.tenants, name: states[position]}))
+        self._versions.change(
+            lambda position, entry: replace(entry, adapters={**entry.adapters, name: states[position]})
+        )
 
     def remove_edits(self, name: str) -> None:
         """Lets the edit set `name` go; blocks that have selected it go on with it. ValueError where there is none."""
-        _check_name(name, self.tenants)
+        _check_name(name, self.adapters)
         self._versions.change(
-            lambda _, entry: replace(entry, tenants={key: state for key, state in entry.tenants.items() if key != name})
+            lambda _, entry: replace(
+                entry, adapters={key: state for key, state in entry.adapters.items() if key != name}
+            )
         )
 
     @contextmanager
@@ -139,9 +143,9 @@ class Hooks:
             raise ValueError(f"rows must be a list with a name or None for each row, got {rows!r}")
         entries = self._versions.published()
         for name in {*names} - {None, DEFAULT}:
-            _check_name(name, entries[0].tenants.keys())
+            _check_name(name, entries[0].adapters.keys())
         chosen = [
-            RowStates.of([None if n is None else e.state if n == DEFAULT else e.tenants[n] for n in names])
+            RowStates.of([None if n is None else e.state if n == DEFAULT else e.adapters[n] for n in names])
             for e in entries
         ]
         with self._versions.viewed(
@@ -268,26 +272,26 @@ def _passes_under_way(model: nn.Module) -> int:
     return count
 
 
-def twin(model: nn.Module) -> nn.Module:
+def shared_weight_copy(model: nn.Module) -> nn.Module:
     """A second model over the same parameters and buffers: edit the one while other threads run the other.
 
     An editor runs its model in parts, with temporary hooks, which passes of other threads must not meet. No weight is
     copied.
 
     Raises:
-        ValueError: the model has hooks; take the twin first.
+        ValueError: the model has hooks; take the copy first.
     """
     if hasattr(model, ATTRIBUTE):
-        raise ValueError("model has hooks already: take its twin before installing any")
+        raise ValueError("model has hooks already: take its shared-weight copy before installing any")
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     other = copy.deepcopy(model, memo=dict(shared))
-    setattr(other, _TWIN, True)
+    setattr(other, _SHARED, True)
     return other
 
 
-def is_twin(model: nn.Module) -> bool:
+def shares_weights(model: nn.Module) -> bool:
     """Whether other threads may run a model of the same weights meanwhile."""
-    return hasattr(model, _TWIN)
+    return hasattr(model, _SHARED)
 
 
 def checked_layers(model: nn.Module, layout: Layout, layers: Sequence[int]) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ The base layer is called or read, never written: its weight is the model's own s
 add lives in one immutable `HookState`, published with those of the model's other hooks as one value
 (`Versions`), so a forward pass sees either the old edit set or the new one, never a mixture.
 
-Where a batch mixes edit sets (`Hooks.select`), `Served.rows` names the state of each of its rows.
+Where a batch mixes edit sets (`Hooks.select`), `ServedEdits.rows` names the state of each of its rows.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from coachhook_fast.config import GATES
 from coachhook_fast.edits.delta import LowRankDelta
 from coachhook_fast.hooks.gate import carried_gate
-from coachhook_fast.hooks.states import HookState, RowStates, Served
+from coachhook_fast.hooks.states import HookState, RowStates, ServedEdits
 from coachhook_fast.hooks.versions import Versions
 from coachhook_fast.models.base_layer import features, load_as_base, plain_weight, save_as_base, serving_placement
 from coachhook_fast.models.tensor_parallel import column_shard
@@ -117,7 +117,7 @@ class HookLinear(nn.Module):
         self.context: SequenceSource | None = None
         dtype, device = serving_placement(base_layer, torch.float32)
         empty = LowRankDelta.zeros(self.out_features, self.in_features, dtype=dtype, device=device)
-        self._versions = Versions([Served(self._make_state(empty, math.inf, None), "gated")])
+        self._versions = Versions([ServedEdits(self._make_state(empty, math.inf, None), "gated")])
         self._position = 0
         # Checkpoints of an edited model are those of its base: the edits are saved as an edit set.
         self.register_state_dict_post_hook(save_as_base)
@@ -125,12 +125,12 @@ class HookLinear(nn.Module):
 
     # ---------------------------------------------------------------- the edit set
 
-    def join(self, versions: Versions[Served], position: int) -> None:
+    def join(self, versions: Versions[ServedEdits], position: int) -> None:
         """From now on serve entry `position` of `versions`, which the hooks of one model share."""
         self._versions, self._position = versions, position
 
     @property
-    def served(self) -> Served:
+    def served(self) -> ServedEdits:
         """What this hook does in the pass of this thread; without one, what is published."""
         return self._versions.current()[self._position]
 
@@ -361,7 +361,7 @@ class HookLinear(nn.Module):
         self._versions.replace(self._position, lambda served: self.remade(served, fn))
         return self
 
-    def remade(self, served: Served, fn: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> Served:
+    def remade(self, served: ServedEdits, fn: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> ServedEdits:
         """`served` with the factors of its states as `fn` returns them, padded to `reserve`."""
 
         def change(state: HookState) -> HookState:
@@ -369,8 +369,8 @@ class HookLinear(nn.Module):
             factors = LowRankDelta(U, fn(state.B))
             return self._make_state(factors, float(state.threshold), state.moments, state.relative)
 
-        tenants = {name: change(state) for name, state in served.tenants.items()}
-        return replace(served, state=change(served.state), tenants=tenants)
+        adapters = {name: change(state) for name, state in served.adapters.items()}
+        return replace(served, state=change(served.state), adapters=adapters)
 
     def extra_repr(self) -> str:
         return f"gate={self.gate!r}, mode={self.mode!r}, delta={self.delta!r}"

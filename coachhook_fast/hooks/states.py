@@ -66,16 +66,16 @@ class RowStates:
 
 
 @dataclass(frozen=True)
-class Served:
+class ServedEdits:
     """What one hook does in a forward pass.
 
     Attributes:
         state: the published edit set's; mode: one of layer.MODES.
         rows: where rows of a batch differ (`Hooks.select`), the states of each.
-        tenants: states by name that rows may be given.
+        adapters: states by name that rows may be given, as multi-adapter serving of one base does.
     """
 
     state: HookState
     mode: str
     rows: RowStates | None = None
-    tenants: Mapping[str, HookState] = field(default_factory=dict)
+    adapters: Mapping[str, HookState] = field(default_factory=dict)

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from coachhook_fast.ops import product_aside
+from coachhook_fast.ops import overlapped_product
 from coachhook_fast.ops._library import LIBRARY, build_info
-from coachhook_fast.ops.base_beside import Base, base_beside
-from coachhook_fast.ops.product_aside import Cut
+from coachhook_fast.ops.overlapped_base import Base, overlapped_base
+from coachhook_fast.ops.overlapped_product import Cut
 from coachhook_fast.ops.reference import gated_linear as reference
 from coachhook_fast.ops.reference.gated_linear import accumulator_dtype, sequence_rows
 from coachhook_fast.ops.replayed import Buffers, awaited, kept
@@ -168,7 +168,7 @@ def _cut(x: Tensor, m: int, B: Tensor, sketch: Tensor | None, gate: str) -> Cut 
     if gate == "sequence":
         return None
     p = B if sketch is None else sketch
-    return product_aside.cut_of(x, p, m, lengths=gate == "relative", sketched=sketch is not None)
+    return overlapped_product.cut_of(x, p, m, lengths=gate == "relative", sketched=sketch is not None)
 
 
 def _delta(
@@ -189,12 +189,12 @@ def _delta(
     rows = _rows(x, B.dtype)
     # Three kernels that wait for one another alone. With more, or beside a base that wants the machine too, an early
     # start costs (measured).
-    early = gate != "sequence" and sketch is None and U is not None and not base.is_beside
+    early = gate != "sequence" and sketch is None and U is not None and not base.is_overlapped
     p = B if sketch is None else sketch
     if cut is None:
         parts = project_kernels.project(rows, p, want_length=gate == "relative", early=early)
     else:
-        parts = product_aside.project(rows, p, cut, want_length=gate == "relative")
+        parts = overlapped_product.project(rows, p, cut, want_length=gate == "relative")
     if gate == "sequence":
         return _correct_sequence(base, rows, x.shape[:-1], U, B, threshold, mask, cu_seqlens, state, parts)
     fire = _correct_calibrated(base, rows, U, B, threshold, _flat(mask), sketch is not None, parts, early)
@@ -251,10 +251,10 @@ def gated_linear(
         with _on(x), kept() as keep:
             rows, sketch = x.reshape(tokens, -1), _useful(sketch, tokens, B, gate)
             cut = _cut(rows, weight.shape[0], B, sketch, gate)
-            with base_beside(rows, weight, bias, always=cut is not None) as base:
+            with overlapped_base(rows, weight, bias, always=cut is not None) as base:
                 fire, after = _delta(base, x, U, B, threshold, sketch, gate, mask, cu_seqlens, state, cut)
                 buffers = Buffers(x, base.out, U, B, threshold, sketch, mask, cu_seqlens, state, fire, after)
-                keep(buffers, base.is_beside)
+                keep(buffers, base.is_overlapped)
         out = base.out
     return out.view(shape), fire.view(x.shape[:-1]), after
 

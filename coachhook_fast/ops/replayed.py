@@ -86,15 +86,15 @@ def awaited() -> bool:
 def kept() -> Iterator[Callable[..., None]]:
     """Within, launches are recorded if C++ asks for them; what it yields hands them over."""
     if not awaited():
-        yield lambda buffers, is_beside=False: None
+        yield lambda buffers, is_overlapped=False: None
         return
     from coachhook_fast.kernels.launches import recording
 
     with recording() as launches:
 
-        def keep(buffers: Buffers, is_beside: bool = False) -> None:
+        def keep(buffers: Buffers, is_overlapped: bool = False) -> None:
             found = plan(launches, buffers)
             if found is not None:
-                EXTENSION.keep_launches(buffers.after.shape[0], is_beside, *found)  # type: ignore[union-attr]
+                EXTENSION.keep_launches(buffers.after.shape[0], is_overlapped, *found)  # type: ignore[union-attr]
 
         yield keep

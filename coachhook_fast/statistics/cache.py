@@ -19,7 +19,7 @@ from coachhook_fast.statistics.corpus import (
     joined,
     read_documents,
     sample_documents,
-    with_openings,
+    with_short_prefixes,
 )
 from coachhook_fast.statistics.key_statistics import KeyStatistics, collect, run_name
 
@@ -61,22 +61,22 @@ def model_statistics(
     # A budget in tokens, cut to rows of a fixed length: a long context cannot blow it up.
     length = min(config.stats_sequence_length, context_length(partial.model) or config.stats_sequence_length)
     begin = begin_tokens(tokenizer)
-    # What is kept to find namesakes in may be more than what the statistics are of.
-    text = None if corpus is None else read_documents(corpus, tokenizer, max(budget, config.namesake_tokens))
+    # What is kept to find hard negatives in may be more than what the statistics are of.
+    text = None if corpus is None else read_documents(corpus, tokenizer, max(budget, config.hard_negative_tokens))
     documents = None if text is None else cut_documents(text, budget)
     run = run_name(
         model=model_id,
         layers=config.layers,
         corpus=f"self {_SEED}" if text is None else content_hash(text),
         tokens=budget,
-        kept=config.namesake_tokens,
+        kept=config.hard_negative_tokens,
         tolerance=config.mom2_tolerance,
         length=length,
         keys=config.threshold_keys,
         begin=begin,
         modules=config.rewrite_module_tmp,
-        # Runs without them keep the names that edit sets of earlier versions know them by.
-        **({"openings": config.openings} if config.openings else {}),
+        # Edit sets of earlier versions know runs by these names: none for runs without, and that setting's first one.
+        **({"openings": config.short_prefixes} if config.short_prefixes else {}),
     )
     held = _cached(run)
     if everywhere(held is not None):  # ranks that take them and ranks that read them would wait for one another
@@ -86,10 +86,10 @@ def model_statistics(
         documents = list(sample_documents(partial.model, tokenizer, budget, seed=_SEED, length=min(128, length)))
         text = documents
     assert text is not None
-    share = config.openings or 0.0
+    share = config.short_prefixes or 0.0
     statistics = collect(
         partial,
-        with_openings(documents, tokenizer, share),
+        with_short_prefixes(documents, tokenizer, share),
         config.layers,
         model_id=model_id,
         begin=begin,
@@ -102,7 +102,7 @@ def model_statistics(
         run=run,
         progress=progress,
     )
-    statistics = replace(statistics, run=run, text=joined(cut_documents(text, config.namesake_tokens)))
+    statistics = replace(statistics, run=run, text=joined(cut_documents(text, config.hard_negative_tokens)))
     statistics.save(_path(run))
     return statistics
 

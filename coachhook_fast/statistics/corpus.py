@@ -17,7 +17,7 @@ from coachhook_fast.models.placement import input_device
 # Between documents in a corpus' text (`joined`): no token.
 BOUNDARY = -1
 
-_OPENING = 6  # tokens of a text's beginning
+_SHORT_PREFIX = 6  # tokens of a text's beginning
 _SPACES = ("Ġ", "▁")  # how byte-level and SentencePiece vocabularies write a space
 
 Corpus = str | Path | Iterable[str] | Iterable[Sequence[int]] | Iterable[Mapping[str, Any]]
@@ -53,7 +53,7 @@ def cut_documents(documents: Iterable[list[int]], max_tokens: int) -> list[list[
     return kept
 
 
-def with_openings(
+def with_short_prefixes(
     documents: Iterable[Sequence[int]], tokenizer: Any, share: float, *, seed: int = 0
 ) -> Iterator[list[int]]:
     """The documents, and among them short texts that begin where one of their words does: `share` of all tokens.
@@ -66,21 +66,21 @@ def with_openings(
     for document in documents:
         yield list(document)
         # What a document without room for one owes is its successors' to pay, up to one.
-        owed = min(owed, _OPENING) + len(document) * share / (1.0 - share)
-        starts = _word_starts(document, tokenizer) if owed >= _OPENING else []
-        while owed >= _OPENING and starts:
+        owed = min(owed, _SHORT_PREFIX) + len(document) * share / (1.0 - share)
+        starts = _word_starts(document, tokenizer) if owed >= _SHORT_PREFIX else []
+        while owed >= _SHORT_PREFIX and starts:
             start = generator.choice(starts)
             # Encoded anew, since many tokenizers write a text's first word otherwise than one behind a space.
-            text = tokenizer.decode(list(document[start : start + _OPENING + 2])).strip()
-            opening = list(tokenizer(text, add_special_tokens=False)["input_ids"])[:_OPENING]
-            if opening:
-                yield opening
-            owed -= max(1, len(opening))
+            text = tokenizer.decode(list(document[start : start + _SHORT_PREFIX + 2])).strip()
+            prefix = list(tokenizer(text, add_special_tokens=False)["input_ids"])[:_SHORT_PREFIX]
+            if prefix:
+                yield prefix
+            owed -= max(1, len(prefix))
 
 
 def _word_starts(document: Sequence[int], tokenizer: Any) -> list[int]:
-    """Places where a word begins with a room of `_OPENING` tokens behind; every place where tokens do not show it."""
-    places = range(max(0, len(document) - _OPENING - 1))
+    """Places where a word begins with a room of `_SHORT_PREFIX` tokens behind; every place where tokens hide it."""
+    places = range(max(0, len(document) - _SHORT_PREFIX - 1))
     tokens = tokenizer.convert_ids_to_tokens(list(document))
     marked = [i for i in places if isinstance(tokens[i], str) and tokens[i][:1] in _SPACES and tokens[i][1:2].isalnum()]
     return marked or list(places)

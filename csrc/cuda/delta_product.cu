@@ -2,9 +2,9 @@
 // tiles of both into a ring, two groups of four warps multiply them on the tensor cores, and where lengths
 // are asked for two more warps square the tokens' tiles.
 //
-// Beside a base product (base_beside.py) blocks run one after the other on the few multiprocessors that the
-// base leaves idle: it is their speed that counts, and a block should be short, since what is left when the
-// base ends runs on the whole machine.
+// Beside a base product (overlapped_base.py) blocks run one after the other on the few multiprocessors that
+// the base leaves idle: it is their speed that counts, and a block should be short, since what is left when
+// the base ends runs on the whole machine.
 #include <array>
 #include <atomic>
 #include <utility>

@@ -1,4 +1,4 @@
-// The delta's product beside a base that leaves some multiprocessors of a Hopper GPU idle: what
+// The delta's product, overlapped with a base that leaves some multiprocessors of a Hopper GPU idle: what
 // kernels/delta_norm.py computes, at more than its speed on each of them.
 #pragma once
 

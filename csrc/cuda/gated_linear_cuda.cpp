@@ -9,16 +9,16 @@
 #include <optional>
 
 #include "cuda/arguments.h"
-#include "cuda/base_beside.h"
 #include "cuda/decode.h"
 #include "cuda/image.h"
+#include "cuda/overlapped_base.h"
 #include "cuda/with_triton.h"
 
 namespace coachhook {
 namespace {
 
 // Elements of a weight below which the base ends before a second stream has begun.
-constexpr int64_t kEnoughBeside = 1 << 22;
+constexpr int64_t kEnoughToOverlap = 1 << 22;
 
 int attribute(cudaDeviceAttr which, c10::DeviceIndex device) {
   int value = 0;
@@ -79,12 +79,12 @@ bool takes(const Arguments& a, int64_t m) {
 
 // x W^T + b while `work` runs on the current stream, which goes on when both are done.
 template <typename F>
-at::Tensor linear_beside(const Arguments& a, const at::Tensor& weight, const F& work) {
-  if (weight.numel() < kEnoughBeside) {
+at::Tensor overlapped_linear(const Arguments& a, const at::Tensor& weight, const F& work) {
+  if (weight.numel() < kEnoughToOverlap) {
     work();
     return at::linear(a.x, weight, a.bias).contiguous();
   }
-  BaseBeside base(a.x.reshape({-1, a.x.size(-1)}), weight, a.bias);
+  OverlappedBase base(a.x.reshape({-1, a.x.size(-1)}), weight, a.bias);
   work();
   base.join();
   std::vector<int64_t> shape = a.x.sizes().vec();
@@ -146,7 +146,7 @@ Output decode(const Arguments& a, const at::Tensor* weight, at::Tensor out, int6
     call.w_row = weight->stride(0);
     call.bias = a.bias ? a.bias->const_data_ptr() : nullptr;
   } else if (weight != nullptr) {
-    out = linear_beside(a, *weight, delta);
+    out = overlapped_linear(a, *weight, delta);
   } else {
     delta();
   }

@@ -91,12 +91,13 @@ void Awaiting::succeeded() {
 
 bool awaits_launches() { return awaited.has_value(); }
 
-void keep_launches(int64_t after_rows, bool is_beside, int64_t scratch_bytes, std::vector<Launch> launches) {
+void keep_launches(int64_t after_rows, bool is_overlapped, int64_t scratch_bytes,
+                   std::vector<Launch> launches) {
   if (!awaited) return;
   for (const Launch& launch : launches) {
     if (!fits(launch)) return;
   }
-  keep(std::make_shared<const Plan>(Plan{after_rows, is_beside, scratch_bytes, std::move(launches)}));
+  keep(std::make_shared<const Plan>(Plan{after_rows, is_overlapped, scratch_bytes, std::move(launches)}));
 }
 
 bool touches(const Launch& launch, Buffer buffer) {

@@ -43,7 +43,7 @@ using Launch =
 
 struct Plan {
   int64_t after_rows;  // of the state that comes out
-  bool is_beside;      // the base has a stream of its own
+  bool is_overlapped;  // the base has a stream of its own
   int64_t scratch_bytes;
   std::vector<Launch> launches;
 };
@@ -67,7 +67,8 @@ class Awaiting {
   void succeeded();
 };
 bool awaits_launches();
-void keep_launches(int64_t after_rows, bool is_beside, int64_t scratch_bytes, std::vector<Launch> launches);
+void keep_launches(int64_t after_rows, bool is_overlapped, int64_t scratch_bytes,
+                   std::vector<Launch> launches);
 
 bool touches(const Launch& launch, Buffer buffer);
 // On the current stream.

@@ -3,7 +3,7 @@
 #include <c10/cuda/CUDAGraphsC10Utils.h>
 #include <c10/cuda/CUDAGuard.h>
 
-#include "cuda/base_beside.h"
+#include "cuda/overlapped_base.h"
 #include "cuda/replay.h"
 
 namespace coachhook {
@@ -19,12 +19,12 @@ Output replay(const Plan& plan, const Arguments& a, const at::Tensor* weight, co
   const at::Tensor fire = at::empty(a.x.sizes().slice(0, a.x.dim() - 1), a.x.options().dtype(at::kBool));
   const at::Tensor after = at::empty({plan.after_rows, 3}, a.x.options().dtype(at::kFloat));
   const at::Tensor scratch = at::empty({plan.scratch_bytes}, a.x.options().dtype(at::kByte));
-  std::optional<BaseBeside> beside;
+  std::optional<OverlappedBase> overlapped;
   at::Tensor out;
   if (weight == nullptr) {
     out = base->clone(at::MemoryFormat::Contiguous);
-  } else if (plan.is_beside) {
-    out = beside.emplace(rows, *weight, a.bias).out();
+  } else if (plan.is_overlapped) {
+    out = overlapped.emplace(rows, *weight, a.bias).out();
   } else {
     out = at::linear(rows, *weight, a.bias);
   }
@@ -42,10 +42,10 @@ Output replay(const Plan& plan, const Arguments& a, const at::Tensor* weight, co
   addresses[kAfter] = address(after);
   addresses[kScratch] = address(scratch);
   for (const Launch& launch : plan.launches) {
-    if (beside && touches(launch, kOut)) beside->join();
+    if (overlapped && touches(launch, kOut)) overlapped->join();
     run(launch, addresses);
   }
-  if (beside) beside->join();
+  if (overlapped) overlapped->join();
   std::vector<int64_t> shape = a.x.sizes().vec();
   shape.back() = out.size(-1);
   return {out.view(shape), fire, after};

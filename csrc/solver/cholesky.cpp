@@ -145,7 +145,7 @@ void restore_downdated(const Arguments& a, int64_t item, int64_t steps) {
 // s = diag(K^T C^-1 K) from the rows of the identity: with P what they became, P P^T = S^-1, S = I + Y^T Y,
 // and rhs = Z with Z^T Z = I - S^-1, so that Y^T Y = S Z^T Z. No difference of nearly equal numbers at either
 // end of the scale.
-at::Tensor strength_of(const SweepBuffers& b) {
+at::Tensor leverage_of(const SweepBuffers& b) {
   const at::Tensor P = b.keys.narrow(0, b.padded, b.n).narrow(1, 0, b.n);
   const at::Tensor Z = columns(b, b.rhs);
   const at::Tensor inverse = at::linalg_inv(P);
@@ -192,7 +192,7 @@ bool update_all(const Arguments& a, Solution* solution) {
     }
     for (int64_t i = 0; solution != nullptr && i < a.batch; ++i) {
       const SweepBuffers& b = buffers[i];
-      solution->s.view({a.batch, a.n}).select(0, i).copy_(strength_of(b));
+      solution->s.view({a.batch, a.n}).select(0, i).copy_(leverage_of(b));
       backward(*sweeps[i], Panel::count(a.d));
       solution->X.view({a.batch, a.d, a.n}).select(0, i).copy_(columns(b, b.rhs));
     }
@@ -223,7 +223,7 @@ at::Tensor refactored(const Arguments& a) {
 }
 
 // s from C's factors, and X from those of C + K K^T: of so many keys I + K^T C^-1 K, which has more rows, has
-// a part that is nearly I beside the keys' strengths, and loses digits.
+// a part that is nearly I beside the keys' leverages, and loses digits.
 void solve_all(const Arguments& a, const at::Tensor& after, Solution& solution) {
   const int64_t panels = Panel::count(a.d);
   Arguments last = a;

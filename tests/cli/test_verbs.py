@@ -14,7 +14,7 @@ from tiny import tiny_facts, tiny_texts
 
 from coachhook_fast.cli import VERBS, main
 from coachhook_fast.cli.common import _layers, load_config
-from coachhook_fast.config import PAPER, TURNING, EditConfig
+from coachhook_fast.config import PAPER, ROUND_ROBIN_SETTINGS, EditConfig
 from coachhook_fast.edits.manifest import MANIFEST
 
 # -------------------------------------------------------------------- help
@@ -67,7 +67,7 @@ def test_edit_goes_on_where_it_stopped(home: Path, capsys: pytest.CaptureFixture
     assert [batch["edits"] for batch in data["batches"]] == [2]
     assert data["layers"] == [1, 2]  # the saved set's settings hold
     assert data["config"]["v_num_grad_steps"] == 3
-    assert {"loss", "steps", "strength", "residual_left", "case_id", "subject"} <= set(data["edits"][0])
+    assert {"loss", "steps", "leverage", "residual_left", "case_id", "subject"} <= set(data["edits"][0])
     assert len(run_json(capsys, "log", "--edits", str(home / "longer"))["batches"]) == 3
     again = ["edit", *model(home), *facts(home), "--edits", str(home / "longer")]
     assert run_json(capsys, *again)["seconds_per_edit"] is None
@@ -81,6 +81,16 @@ def test_edit_with_the_sequence_gate_and_a_yaml_file(home: Path, capsys: pytest.
     assert "2 edits in 1 batches" in text
     config = run_json(capsys, "log", "--edits", str(home / "sequence"))["config"]
     assert (config["gate"], config["layers"], config["v_lr"]) == ("sequence", [1], 0.1)
+
+
+def test_a_setting_by_its_former_name(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [*QUICK, "--set", "layer_turns=2", "--set", "threshold_rule=own_keys", "--limit", "1"]
+    assert main(["edit", *model(home), *facts(home), *arguments, *out(home, "former")]) == 0
+    warned = [line for line in capsys.readouterr().err.splitlines() if "former" in line and "warning" in line]
+    assert len(warned) == 1
+    assert "layer_turns is round_robin now, threshold_rule 'own_keys' is 'edit_keys' now" in warned[0]
+    config = run_json(capsys, "log", "--edits", str(home / "former"))["config"]
+    assert (config["round_robin"], config["threshold_rule"]) == (2, "edit_keys")
 
 
 def test_eval(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -258,15 +268,19 @@ def test_bench_of_ones_own_model(
 def test_edit_goes_on_from_a_set_of_an_earlier_version(
     home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Batches that took turns before thresholds could be relative go on as they were."""
-    turns = ["--set", "layer_turns=2", *(f for n in TURNING[1:] for f in ("--set", f"{n}={json.dumps(PAPER[n])}"))]
+    """Round-robin batches from before thresholds could be relative go on as they were."""
+    paper = [
+        "--set",
+        "round_robin=2",
+        *(f for n in ROUND_ROBIN_SETTINGS[1:] for f in ("--set", f"{n}={json.dumps(PAPER[n])}")),
+    ]
     folder = str(tmp_path / "old")
-    run_text(capsys, "edit", *model(home), *facts(home), *QUICK, *turns, "--limit", "2", "--out", folder)
+    run_text(capsys, "edit", *model(home), *facts(home), *QUICK, *paper, "--limit", "2", "--out", folder)
     manifest = json.loads((tmp_path / "old" / MANIFEST).read_text())
-    for name in TURNING[1:]:
+    for name in ROUND_ROBIN_SETTINGS[1:]:
         del manifest["config"][name]
     (tmp_path / "old" / MANIFEST).write_text(json.dumps(manifest))
     longer = str(tmp_path / "longer")
     run_text(capsys, "edit", *model(home), *facts(home), "--edits", folder, "--limit", "4", "--out", longer)
     config = json.loads((tmp_path / "longer" / MANIFEST).read_text())["config"]
-    assert [config[name] for name in TURNING] == [2, *(PAPER[name] for name in TURNING[1:])]
+    assert [config[name] for name in ROUND_ROBIN_SETTINGS] == [2, *(PAPER[name] for name in ROUND_ROBIN_SETTINGS[1:])]

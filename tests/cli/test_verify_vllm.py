@@ -89,7 +89,6 @@ def test_heads_that_two_ranks_cannot_share(
 
 
 def test_without_vllm(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """tests/vllm, a folder on the path of these tests, does not count."""
     found = importlib.util.find_spec("vllm")
     if found is not None and found.origin is not None:
         pytest.skip("vLLM is here")

@@ -91,8 +91,8 @@ def test_config_refuses_what_it_does_not_know(tmp_path: Path) -> None:
         EditConfig(v_lr="0.5")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="gate must be one of"):
         EditConfig(gate="soft")
-    with pytest.raises(ValueError, match=r"threshold_own must be a share of at most 1, got 1.5"):
-        EditConfig(threshold_own=1.5)
+    with pytest.raises(ValueError, match=r"threshold_edit_share must be a share of at most 1, got 1.5"):
+        EditConfig(threshold_edit_share=1.5)
     file = tmp_path / "memit.yaml"
     file.write_text("alg_name: MEMIT\nlayers: [3, 4]\nv_lr: 0.5\nclamp_norm_factor: 0.75\nmom2_n_samples: 100000\n")
     assert EditConfig.from_yaml(file) == EditConfig(layers=(3, 4), v_lr=0.5, clamp_norm_factor=0.75)

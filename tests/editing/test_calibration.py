@@ -18,9 +18,9 @@ def samples(own_at: float, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     return ordinary, own
 
 
-def test_own_keys_lie_above_the_threshold_and_ordinary_text_below() -> None:
+def test_edit_keys_lie_above_the_threshold_and_ordinary_text_below() -> None:
     ordinary, own = samples(13.0)
-    config = EditConfig(threshold_rule="own_keys", threshold_own=0.7)
+    config = EditConfig(threshold_rule="edit_keys", threshold_edit_share=0.7)
     found = calibrated_threshold(ordinary, own, config)
     low = own.quantile(0.05)
     assert found.value == pytest.approx(float(ordinary.mean() + 0.7 * (low - ordinary.mean())))
@@ -30,25 +30,25 @@ def test_own_keys_lie_above_the_threshold_and_ordinary_text_below() -> None:
 
 def test_edits_within_ordinary_text_do_not_open_the_gate() -> None:
     ordinary, own = samples(0.5)
-    found = calibrated_threshold(ordinary, own, EditConfig(threshold_rule="own_keys", threshold_fpr=0.01))
+    found = calibrated_threshold(ordinary, own, EditConfig(threshold_rule="edit_keys", threshold_fpr=0.01))
     assert int((ordinary >= found.value).sum()) == 20  # a share of .01, and no more
     assert found == calibrated_threshold(ordinary, own, EditConfig(threshold_rule="fpr", threshold_fpr=0.01))
 
 
-def test_where_own_keys_crowd_ordinary_text_the_threshold_goes_further_out() -> None:
-    """At least threshold_z standard deviations, as far as .85 of the way, or threshold_own where that is more."""
+def test_where_edit_keys_crowd_ordinary_text_the_threshold_goes_further_out() -> None:
+    """At least threshold_z standard deviations, as far as .85 of the way, or threshold_edit_share where more."""
     for own_at, share, expected in ((10.5, 0.7, 8.0), (8.0, 0.7, "0.85"), (8.0, 0.9, "0.9"), (8.0, 0.1, "0.85")):
         ordinary, own = samples(own_at)
         way, std = float(own.quantile(0.05) - ordinary.mean()), float(ordinary.std())
         assert share * way < 8.0 * std
-        found = calibrated_threshold(ordinary, own, EditConfig(threshold_own=share, threshold_z=8.0))
+        found = calibrated_threshold(ordinary, own, EditConfig(threshold_edit_share=share, threshold_z=8.0))
         wanted = expected * std if isinstance(expected, float) else float(expected) * way
         assert found.value == pytest.approx(float(ordinary.mean()) + wanted)
 
 
 def test_edits_far_out_leave_room_for_paraphrases() -> None:
     ordinary, own = samples(60.0)
-    found = calibrated_threshold(ordinary, own, EditConfig(threshold_rule="own_keys", threshold_z=8.0))
+    found = calibrated_threshold(ordinary, own, EditConfig(threshold_rule="edit_keys", threshold_z=8.0))
     assert found.value == pytest.approx(float(ordinary.mean() + 24 * ordinary.std()))
 
 

@@ -28,7 +28,7 @@ def test_every_family_takes_edits(family: str) -> None:
     # Gemma's norm after the FFN fixes the length of what a layer adds, so V is reached less exactly there.
     assert max(outcome.residual_left for outcome in batch.outcomes) < (0.3 if family.startswith("gemma") else 0.15)
     assert not torch.equal(logits(editor.model), clean)
-    assert all(len(outcome.strength) == 2 and min(outcome.strength) > 0 for outcome in batch.outcomes)
+    assert all(len(outcome.leverage) == 2 and min(outcome.leverage) > 0 for outcome in batch.outcomes)
     with editor.disabled():
         assert torch.equal(logits(editor.model), clean)
     for name, value in editor.model.named_parameters():
@@ -120,19 +120,19 @@ def test_saving_and_going_on_equals_never_having_stopped(gate: str, tmp_path: Pa
 
 
 def test_going_on_with_another_threshold_rule_calibrates_all_layers_anew(tmp_path: Path) -> None:
-    config = CONFIG.replace(layer_turns=2, threshold_rule="own_keys", threshold_own=0.5)
+    config = CONFIG.replace(round_robin=2, threshold_rule="edit_keys", threshold_edit_share=0.5)
     editor = make(config=config)
     edit(editor, facts(2))
     second = edit(editor, facts(2, seed=1))
     editor.save_pretrained(tmp_path)
     before = [threshold.value for threshold in editor.edit_set.thresholds]
 
-    changed = config.replace(threshold_own=0.9)
+    changed = config.replace(threshold_edit_share=0.9)
     later = Editor(tiny_model("llama"), tiny_tokenizer(), changed, edits=tmp_path)
     assert [hook.threshold for hook in later.hooks] == pytest.approx(before)  # until there are statistics
     later.collect_statistics(tiny_texts(12), progress=False)
     wanted = [
-        calibrate(delta, later.statistics.samples[layer], later.edit_set.own_keys(at), later.config).value
+        calibrate(delta, later.statistics.samples[layer], later.edit_set.edit_keys(at), later.config).value
         for at, (layer, delta) in enumerate(zip(later.layers, later.edit_set.deltas, strict=True))
     ]
     assert all(new > old for new, old in zip(wanted, before, strict=True))
@@ -140,7 +140,7 @@ def test_going_on_with_another_threshold_rule_calibrates_all_layers_anew(tmp_pat
     later.rollback(second.id)  # what the ledger knew was of the old rule
     rest = later.edit_set
     again = [
-        calibrate(delta, later.statistics.samples[layer], rest.own_keys(at), later.config)
+        calibrate(delta, later.statistics.samples[layer], rest.edit_keys(at), later.config)
         for at, (layer, delta) in enumerate(zip(later.layers, rest.deltas, strict=True))
     ]
     assert [threshold.value for threshold in rest.thresholds] == pytest.approx([one.value for one in again])
@@ -149,7 +149,7 @@ def test_going_on_with_another_threshold_rule_calibrates_all_layers_anew(tmp_pat
     unedited = Editor(tiny_model("llama"), tiny_tokenizer(), changed, edits=tmp_path)
     unedited.save_pretrained(tmp_path / "saved")
     saved = store.load(tmp_path / "saved")
-    assert saved.config.threshold_own == 0.9
+    assert saved.config.threshold_edit_share == 0.9
     assert [threshold.value for threshold in saved.thresholds] == pytest.approx(wanted)
     assert [threshold.value for threshold in saved.batches[-1].thresholds] == pytest.approx(wanted)
 
@@ -162,8 +162,8 @@ def test_keys_of_loaded_and_of_fresh_batches_are_read_together() -> None:
     moved = replace(update, keys=update.keys.to("meta"), residuals=update.residuals.to("meta"))
     deltas = (editor.edit_set.deltas[0].to(device="meta"), *editor.edit_set.deltas[1:])
     both = replace(editor.edit_set, deltas=deltas, batches=(loaded, replace(fresh, layers=(moved, *fresh.layers[1:]))))
-    assert both.own_keys(0).shape == (editor.key_dim, 3)
-    assert both.own_keys(0).device.type == "meta"
+    assert both.edit_keys(0).shape == (editor.key_dim, 3)
+    assert both.edit_keys(0).device.type == "meta"
 
 
 def test_an_edit_set_of_another_model_or_setting_is_refused(tmp_path: Path) -> None:

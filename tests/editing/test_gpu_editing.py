@@ -17,7 +17,7 @@ from tiny import tiny_model, tiny_tokenizer
 from coachhook_fast import EditConfig, Editor
 from coachhook_fast.editing.keys import bare_outputs
 from coachhook_fast.editing.targets.optimise import Target, optimise
-from coachhook_fast.editing.targets.recorded import Repeated
+from coachhook_fast.editing.targets.recorded import RecordedStep
 from coachhook_fast.models.architectures import layout_of
 from coachhook_fast.models.passes.forward import PartialModel, frozen
 
@@ -59,9 +59,11 @@ def assert_close(found: list[torch.Tensor], expected: list[torch.Tensor], tolera
         assert float((one - other).norm()) <= tolerance * float(other.norm())
 
 
-@pytest.mark.parametrize(("family", "turns"), [("gpt2", 1), ("gptj", 1), ("gemma3", 1), ("llama", 1), ("llama", 2)])
-def test_batches_are_those_of_the_cpu(family: str, turns: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = CONFIG.replace(layer_turns=turns)
+@pytest.mark.parametrize(("family", "groups"), [("gpt2", 1), ("gptj", 1), ("gemma3", 1), ("llama", 1), ("llama", 2)])
+def test_batches_are_those_of_the_cpu(
+    family: str, groups: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = CONFIG.replace(round_robin=groups)
     ours = edited(DEVICE, tmp_path, monkeypatch, family, config)
     twin = edited("cpu", tmp_path, monkeypatch, family, config)
     assert ours.edit_set.contexts == twin.edit_set.contexts
@@ -79,11 +81,11 @@ def test_batches_are_those_of_the_cpu(family: str, turns: int, tmp_path: Path, m
         assert_close([answers(ours)], [answers(twin)], 1e-4)
 
 
-@pytest.mark.parametrize("turns", [1, 2])
+@pytest.mark.parametrize("groups", [1, 2])
 def test_an_edit_set_is_saved_loaded_and_gone_on_from(
-    turns: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    groups: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = CONFIG.replace(layer_turns=turns)
+    config = CONFIG.replace(round_robin=groups)
     editor = edited(DEVICE, tmp_path, monkeypatch, "llama", config)
     before, held = answers(editor), deltas(editor)
     editor.save_pretrained(tmp_path / "edits")
@@ -131,14 +133,14 @@ def test_steps_as_cuda_graphs_give_the_same(family: str, shrinks: bool, monkeypa
     expected = targets(family, dtype, graphs=False)
     assert len({target.steps for target in expected}) > 1
     replayed: list[bool] = []
-    real = Repeated._replay
+    real = RecordedStep._replay
 
-    def replay(step: Repeated) -> torch.Tensor:
+    def replay(step: RecordedStep) -> torch.Tensor:
         replayed.append(step._graph is not None)
         return real(step)
 
-    monkeypatch.setattr(Repeated, "_replay", replay)
-    monkeypatch.setattr(Repeated, "worth_shrinking", lambda step, share, _: shrinks and share > 0)
+    monkeypatch.setattr(RecordedStep, "_replay", replay)
+    monkeypatch.setattr(RecordedStep, "worth_shrinking", lambda step, share, _: shrinks and share > 0)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="a step could not be recorded")
         found = targets(family, dtype, graphs=True)

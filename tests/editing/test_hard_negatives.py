@@ -1,4 +1,4 @@
-"""Namesakes: which texts are found, and that an edit passes them by."""
+"""Hard negatives: which texts are found, and that an edit passes them by."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from tiny import tiny_tokenizer
 from torch import Tensor
 
 from coachhook_fast import EditConfig, Editor, EditRequest
-from coachhook_fast.config import PAPER, TURNING
-from coachhook_fast.editing.hard_negatives import find_namesakes
+from coachhook_fast.config import PAPER, ROUND_ROBIN_SETTINGS
+from coachhook_fast.editing.hard_negatives import find_hard_negatives
 from coachhook_fast.edits.manifest import MANIFEST
 from coachhook_fast.request import TokenisedRequest, tokenise_batch
 from coachhook_fast.statistics.corpus import BOUNDARY, joined
@@ -33,7 +33,7 @@ def text_of(*documents: str) -> Tensor:
 
 
 def found(text: Tensor, *subjects: str, most: int = 8, begin: tuple[int, ...] = ()) -> list[str]:
-    rows = find_namesakes(text, tokenised(*subjects), TOKENIZER, begin=begin, most=most)
+    rows = find_hard_negatives(text, tokenised(*subjects), TOKENIZER, begin=begin, most=most)
     assert all(row.lookup == len(row.prompt) - 1 and row.target == () for row in rows)
     assert all(row.prompt[: len(begin)] == begin for row in rows)
     return [TOKENIZER.decode(list(row.prompt[len(begin) :])) for row in rows]
@@ -76,24 +76,25 @@ def test_windows_end_at_documents_and_begin_as_the_tokenizer_does() -> None:
     assert ends[0] == "q9"
     assert "unrelated" not in "".join(ends)
     assert len(ends) == 2  # the document that begins with the token is not one: it stands at the attention sink
-    rows = find_namesakes(text, tokenised("Unit 9"), TOKENIZER, begin=(2,), most=8)
+    rows = find_hard_negatives(text, tokenised("Unit 9"), TOKENIZER, begin=(2,), most=8)
     assert max(len(row.prompt) for row in rows) == 33
 
 
 def test_no_text_and_subjects_of_one_token() -> None:
     assert (
-        find_namesakes(torch.empty(0, dtype=torch.int32), tokenised("Stone River"), TOKENIZER, begin=(), most=8) == []
+        find_hard_negatives(torch.empty(0, dtype=torch.int32), tokenised("Stone River"), TOKENIZER, begin=(), most=8)
+        == []
     )
     assert found(text_of("q9 and z9"), "9") == []
 
 
-def test_an_edit_passes_its_namesakes_by() -> None:
-    """‖Δk‖ at the namesakes' keys falls against that of the edit's own."""
+def test_an_edit_passes_its_hard_negatives_by() -> None:
+    """‖Δk‖ at the hard negatives' keys falls against that of the edit's own."""
     request = EditRequest(prompt="{} works as a", subject="Doctor Stone", target_new="pilot")
     text = text_of("we met old Mister Stone", "a wall of grey stone", "then young Father Stone")
 
     def edited(most: int) -> tuple[Editor, dict[str, Tensor]]:
-        editor = make(config=CONFIG.replace(namesakes=most))
+        editor = make(config=CONFIG.replace(hard_negatives=most))
         assert editor.statistics is not None
         editor.use_statistics(replace(editor.statistics, text=text))
         seen: list[dict[str, Tensor]] = []
@@ -121,7 +122,7 @@ def test_statistics_keep_the_text(tmp_path: Path) -> None:
     assert int((editor.statistics.text == BOUNDARY).sum()) == 12  # documents
     editor.statistics.save(tmp_path / "s.safetensors")
     assert torch.equal(KeyStatistics.load(tmp_path / "s.safetensors").text, editor.statistics.text)
-    short = make(config=CONFIG.replace(namesake_tokens=10))
+    short = make(config=CONFIG.replace(hard_negative_tokens=10))
     assert short.statistics is not None
     assert int((short.statistics.text != BOUNDARY).sum()) == 10
 
@@ -132,11 +133,11 @@ def test_statistics_keep_the_text(tmp_path: Path) -> None:
         ({}, 30, 1536, (tuple(range(2, 11)), 9, 8)),
         ({}, 28, 16384, (tuple(range(4, 9)), 5, 8)),
         ({}, 18, 2048, (tuple(range(1, 7)), 6, 8)),
-        ({"layer_turns": 1}, 30, 1536, (tuple(range(4, 9)), 1, 0)),
-        ({"layer_turns": 3}, 30, 1536, (tuple(range(2, 11)), 3, 8)),
+        ({"round_robin": 1}, 30, 1536, (tuple(range(4, 9)), 1, 0)),
+        ({"round_robin": 3}, 30, 1536, (tuple(range(2, 11)), 3, 8)),
         ({"layers": (4, 5)}, 30, 1536, ((4, 5), 1, 0)),
-        ({"layers": (4, 5), "layer_turns": 2}, 30, 1536, ((4, 5), 2, 8)),
-        ({"namesakes": 0}, 30, 1536, (tuple(range(2, 11)), 9, 0)),
+        ({"layers": (4, 5), "round_robin": 2}, 30, 1536, ((4, 5), 2, 8)),
+        ({"hard_negatives": 0}, 30, 1536, (tuple(range(2, 11)), 9, 0)),
         ({"gate": "sequence"}, 30, 1536, (tuple(range(4, 9)), 1, 0)),
         (PAPER, 30, 1536, (tuple(range(4, 9)), 1, 0)),
         ({}, 2, 64, ((0,), 1, 0)),
@@ -144,15 +145,15 @@ def test_statistics_keep_the_text(tmp_path: Path) -> None:
 )
 def test_what_the_defaults_are(settings: dict, blocks: int, width: int, expected: tuple) -> None:
     config = EditConfig(**settings).resolved(blocks, width)
-    assert (config.layers, config.layer_turns, config.namesakes) == expected
+    assert (config.layers, config.round_robin, config.hard_negatives) == expected
     assert config.threshold_relative == config.threshold_whitened == (expected[1] > 1)
-    assert config.openings == (0.2 if expected[1] > 1 else 0.0)
+    assert config.short_prefixes == (0.2 if expected[1] > 1 else 0.0)
     assert config.resolved(blocks, width) == config
 
 
 def test_more_turns_than_layers_are_refused() -> None:
-    with pytest.raises(ValueError, match="layer_turns must be at most"):
-        EditConfig(layer_turns=7).resolved(28, 16384)
+    with pytest.raises(ValueError, match="round_robin must be at most"):
+        EditConfig(round_robin=7).resolved(28, 16384)
 
 
 def test_sets_of_earlier_versions_go_on_as_they_were(tmp_path: Path) -> None:
@@ -160,15 +161,15 @@ def test_sets_of_earlier_versions_go_on_as_they_were(tmp_path: Path) -> None:
     edit(editor, [EditRequest(prompt="{} works as a", subject="Doctor Stone", target_new="pilot")])
     editor.save_pretrained(tmp_path)
     manifest = json.loads((tmp_path / MANIFEST).read_text())
-    for name in (*TURNING, "namesake_tokens"):
+    for name in (*ROUND_ROBIN_SETTINGS, "hard_negative_tokens"):
         del manifest["config"][name]
     (tmp_path / MANIFEST).write_text(json.dumps(manifest))
     editor.unload()
     again = Editor(editor.model, TOKENIZER, edits=tmp_path)
-    assert [getattr(again.config, name) for name in TURNING] == [1, 1.0, 0, 0.0, False, False]
+    assert [getattr(again.config, name) for name in ROUND_ROBIN_SETTINGS] == [1, 1.0, 0, 0.0, False, False]
 
 
-@pytest.mark.parametrize("settings", [{"namesakes": -1}, {"namesakes": 1.5}, {"namesake_tokens": -1}])
+@pytest.mark.parametrize("settings", [{"hard_negatives": -1}, {"hard_negatives": 1.5}, {"hard_negative_tokens": -1}])
 def test_bad_settings(settings: dict) -> None:
-    with pytest.raises((TypeError, ValueError), match="namesake"):
+    with pytest.raises((TypeError, ValueError), match="hard_negative"):
         EditConfig(**settings)

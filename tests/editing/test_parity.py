@@ -25,7 +25,7 @@ CORPUS_TEXTS = 12
 _OURS = EditConfig()
 DEFAULTS: dict[str, Any] = {
     "rule": _OURS.threshold_rule,
-    "threshold_own": _OURS.threshold_own,
+    "threshold_edit_share": _OURS.threshold_edit_share,
     "threshold_fpr": 0.01,  # the tiny corpus has too few keys for one in a thousand
     "v_lr": _OURS.v_lr,
     "clamp": _OURS.clamp_norm_factor,
@@ -109,7 +109,7 @@ def config_of(settings: Settings) -> EditConfig:
         threshold_rule=settings.rule,
         threshold_z=settings.threshold_z,
         threshold_fpr=settings.threshold_fpr,
-        threshold_own=settings.threshold_own,
+        threshold_edit_share=settings.threshold_edit_share,
         context_seeds=tuple(settings.seeds),
         subject_templates=tuple(settings.templates),
         context_tokens=settings.context_tokens,

@@ -12,12 +12,12 @@ from tiny import tiny_model
 from torch import nn
 
 from coachhook_fast.editing.targets import recorded
-from coachhook_fast.editing.targets.recorded import Recording, Repeated
-from coachhook_fast.hooks.hooks import is_twin, twin
+from coachhook_fast.editing.targets.recorded import RecordedStep, Recording
+from coachhook_fast.hooks.hooks import shared_weight_copy, shares_weights
 
 
 class Cuda:
-    """What `Repeated` asks of torch.cuda: under `graph` a step is recorded, and `replay` runs it."""
+    """What `RecordedStep` asks of torch.cuda: under `graph` a step is recorded, and `replay` runs it."""
 
     def __init__(self) -> None:
         self.recording = False
@@ -80,7 +80,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
 
 def test_the_first_call_runs_the_second_records_and_all_others_replay(cuda: Cuda) -> None:
     work = Counting(cuda)
-    step = Repeated(work, Recording(nn.Linear(1, 1)))
+    step = RecordedStep(work, Recording(nn.Linear(1, 1)))
     for _ in range(4):
         step()
     assert (work.ran, work.recorded, cuda.replays) == (1, 1, 3)
@@ -90,14 +90,14 @@ def test_what_cannot_be_recorded_goes_on_as_it_is(cuda: Cuda) -> None:
     cuda.error = RuntimeError("operation not permitted when stream is capturing")
     recording = Recording(nn.Linear(1, 1))
     work = Counting(cuda)
-    step = Repeated(work, recording)
+    step = RecordedStep(work, recording)
     with pytest.warns(UserWarning, match="not permitted"):
         assert [step() for _ in range(3)] == [[1.0], [2.0], [3.0]]
     assert work.recorded == 1
     other = Counting(cuda)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # said once: later steps of this recording are not tried
-        second = Repeated(other, recording)
+        second = RecordedStep(other, recording)
         assert [second() for _ in range(3)] == [[1.0], [2.0], [3.0]]
     assert (other.recorded, cuda.replays) == (0, 0)
 
@@ -105,7 +105,7 @@ def test_what_cannot_be_recorded_goes_on_as_it_is(cuda: Cuda) -> None:
 def test_too_little_memory_is_no_reason_to_give_up_recording(cuda: Cuda) -> None:
     cuda.error = torch.OutOfMemoryError("no room")
     recording = Recording(nn.Linear(1, 1))
-    step = Repeated(Counting(cuda), recording)
+    step = RecordedStep(Counting(cuda), recording)
     step()
     with pytest.raises(torch.OutOfMemoryError):
         step()
@@ -113,7 +113,7 @@ def test_too_little_memory_is_no_reason_to_give_up_recording(cuda: Cuda) -> None
 
 
 def test_a_graph_shrinks_where_that_saves_more_than_it_costs(cuda: Cuda) -> None:
-    step = Repeated(Counting(cuda), Recording(nn.Linear(1, 1)))
+    step = RecordedStep(Counting(cuda), Recording(nn.Linear(1, 1)))
     step()
     assert not step.worth_shrinking(0.9, 20)  # what a replay takes is not known yet
     step()
@@ -127,14 +127,14 @@ def test_a_model_that_is_not_on_one_gpu_is_not_recorded() -> None:
     recording = Recording(tiny_model("llama"))
     assert recording.refusal is not None
     assert "GPU" in recording.refusal
-    step = Repeated(lambda: torch.ones(1), recording)
+    step = RecordedStep(lambda: torch.ones(1), recording)
     assert step() == [1.0]
     assert step.worth_shrinking(0.1, 1)
     assert not step.worth_shrinking(0.0, 1)
 
 
-def test_a_twin_is_known_by_it() -> None:
+def test_a_shared_weight_copy_is_known_by_it() -> None:
     """Its editor records nothing: other threads may draw samples from the served model meanwhile."""
     model = tiny_model("llama")
-    assert is_twin(twin(model))
-    assert not is_twin(model)
+    assert shares_weights(shared_weight_copy(model))
+    assert not shares_weights(model)

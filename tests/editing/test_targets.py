@@ -15,7 +15,7 @@ from coachhook_fast.config import START_TOKENS
 from coachhook_fast.editing.keys import bare_outputs
 from coachhook_fast.editing.targets.adam import ProjectedAdam
 from coachhook_fast.editing.targets.optimise import Target, optimise
-from coachhook_fast.editing.targets.recorded import Repeated
+from coachhook_fast.editing.targets.recorded import RecordedStep
 from coachhook_fast.editing.targets.rows import TargetRows
 from coachhook_fast.models.architectures import layout_of
 from coachhook_fast.models.passes.budget import TokenBudget
@@ -133,7 +133,7 @@ def test_requests_that_stay_in_the_batch_after_they_converged_change_nothing(
 
     wanted = found()
     assert len({target.steps for target in wanted}) > 2
-    monkeypatch.setattr(Repeated, "worth_shrinking", lambda _, share, __: shrinks(share))
+    monkeypatch.setattr(RecordedStep, "worth_shrinking", lambda _, share, __: shrinks(share))
     for target, expected in zip(found(), wanted, strict=True):
         assert target.steps == expected.steps
         assert target.loss == pytest.approx(expected.loss, rel=1e-9)

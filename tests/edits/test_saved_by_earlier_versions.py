@@ -6,7 +6,9 @@ the first, each layer's Δ. The base model lies beside it, for random numbers ma
 
 from __future__ import annotations
 
+import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,18 @@ from editor_cases import edit, facts
 from safetensors.torch import load_file
 from tiny import tiny_model, tiny_texts, tiny_tokenizer
 
-from coachhook_fast import Editor, load_edits
+from coachhook_fast import EditConfig, Editor, load_edits
 from coachhook_fast.edits import store
 
 FOLDER = Path(__file__).resolve().parents[1] / "fixtures" / "edit_sets"
 EXPECTED = load_file(FOLDER / "expected.safetensors")
 SETS = ("round_robin", "sequence", "two_batches")
+FORMER = {
+    "layer_turns": "round_robin", "others_weight": "other_layers_weight", "namesakes": "hard_negatives",
+    "namesake_tokens": "hard_negative_tokens", "openings": "short_prefixes", "threshold_own": "threshold_edit_share",
+}  # fmt: skip
+
+pytestmark = pytest.mark.filterwarnings("ignore:settings by former names:FutureWarning")
 
 
 def base() -> Any:
@@ -79,3 +87,42 @@ def test_a_batch_is_rolled_back(name: str) -> None:
     editor.collect_statistics(tiny_texts(12), progress=False)
     editor.rollback(editor.ledger[-1].id)
     assert_close(last_logits(editor.model), expected(f"{name}.first_batch"))
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_settings_by_their_former_names(name: str) -> None:
+    """Read in one piece with one warning, which names every new name."""
+    saved = json.loads((FOLDER / name / "edit_set.json").read_text())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        edits = store.load(FOLDER / name)
+    assert [warning.category for warning in caught] == [FutureWarning]
+    for old, new in FORMER.items():
+        assert getattr(edits.config, new) == saved["config"][old]
+        assert f"{old} is {new} now" in str(caught[0].message)
+    renamed = saved["config"]["threshold_rule"] == "own_keys"
+    assert edits.config.threshold_rule == ("edit_keys" if renamed else saved["config"]["threshold_rule"])
+    assert ("'own_keys' is 'edit_keys' now" in str(caught[0].message)) == renamed
+    for batch, line in zip(edits.batches, saved["batches"], strict=True):
+        assert [list(outcome.leverage) for outcome in batch.outcomes] == [o["strength"] for o in line["outcomes"]]
+
+
+def test_new_names_warn_of_nothing(tmp_path: Path) -> None:
+    store.save(store.load(FOLDER / "round_robin"), tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = store.load(tmp_path)
+    assert again.config == store.load(FOLDER / "round_robin").config
+    assert "layer_turns" not in (tmp_path / "edit_set.json").read_text()
+
+
+def test_former_names_in_a_file_and_in_a_mapping(tmp_path: Path) -> None:
+    (tmp_path / "settings.yaml").write_text("layers: [1, 2]\nlayer_turns: 2\nthreshold_rule: own_keys\n")
+    with pytest.warns(FutureWarning, match="layer_turns is round_robin now") as caught:
+        config = EditConfig.from_yaml(tmp_path / "settings.yaml")
+    assert len(caught) == 1
+    assert config == EditConfig(layers=(1, 2), round_robin=2, threshold_rule="edit_keys")
+    with pytest.warns(FutureWarning, match="openings is short_prefixes now"):
+        assert EditConfig.from_dict({"openings": 0.1}) == EditConfig(short_prefixes=0.1)
+    with pytest.raises(ValueError, match="two names, take the second: namesakes and hard_negatives"):
+        EditConfig.from_dict({"namesakes": 1, "hard_negatives": 2})

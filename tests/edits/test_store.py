@@ -182,7 +182,7 @@ def saved(tmp_path: Path) -> Path:
 def test_a_set_for_serving_says_that_it_lacks_the_updates(saved: Path) -> None:
     served = store.load(saved, updates=False)
     with pytest.raises(ValueError, match="loaded for serving"):
-        served.own_keys(0)
+        served.edit_keys(0)
 
 
 def change(folder: Path, edit: Any) -> None:

@@ -18,7 +18,7 @@ from coachhook_fast.edits.delta import LowRankDelta
 from coachhook_fast.edits.whitening import whitened
 
 M, D = 13, 31
-TURNS = CONFIG.replace(layers=(0, 1, 2), layer_turns=3)
+ROUND_ROBIN = CONFIG.replace(layers=(0, 1, 2), round_robin=3)
 
 
 def random(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -119,7 +119,7 @@ def test_nothing_edited_nothing_measured() -> None:
 
 
 def test_the_editor_measures_by_its_statistics() -> None:
-    editor = make(config=TURNS)
+    editor = make(config=ROUND_ROBIN)
     for seed in range(4):
         edit(editor, facts(2, seed=seed))
     assert editor.statistics is not None
@@ -138,7 +138,7 @@ def test_the_editor_measures_by_its_statistics() -> None:
 
 
 def test_it_is_saved_and_rolled_back_to_the_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    editor = make(config=TURNS)
+    editor = make(config=ROUND_ROBIN)
     states = []
     for seed in range(5):
         batch = edit(editor, facts(2, seed=seed))
@@ -165,7 +165,7 @@ def test_it_is_saved_and_rolled_back_to_the_bit(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_batch_in_the_middle_is_rolled_back() -> None:
-    editor = make(config=TURNS)
+    editor = make(config=ROUND_ROBIN)
     batches = [edit(editor, facts(2, seed=seed)) for seed in range(4)]
     editor.rollback(batches[0].id)
     position = next(p for p, update in enumerate(batches[0].layers) if update.residuals.shape[1])
@@ -180,7 +180,7 @@ def test_a_batch_in_the_middle_is_rolled_back() -> None:
 
 
 def test_without_it_nothing_is_kept() -> None:
-    editor = make(config=TURNS.replace(threshold_whitened=False))
+    editor = make(config=ROUND_ROBIN.replace(threshold_whitened=False))
     edit(editor, facts(2))
     assert all(update.spread is None for update in editor.edit_set.batches[0].layers)
     assert all(delta.W is None for delta in editor.edit_set.deltas)
@@ -191,7 +191,7 @@ def test_without_it_nothing_is_kept() -> None:
 
 
 def test_batches_without_a_spread_are_refused() -> None:
-    editor = make(config=TURNS)
+    editor = make(config=ROUND_ROBIN)
     batches = [edit(editor, facts(2, seed=seed)) for seed in range(2)]
     stripped = [replace(b, layers=tuple(replace(u, spread=None) for u in b.layers)) for b in batches]
     before = snapshot(editor)

@@ -59,7 +59,7 @@ def project(delta: Tensor, bound: float) -> Tensor:
 
 
 def insertion(C: Tensor, K: Tensor) -> tuple[Tensor, Tensor]:
-    """X = (C + KKᵀ)⁻¹K [d, n], and the strength s = diag(KᵀC⁻¹K) [n] of each key."""
+    """X = (C + KKᵀ)⁻¹K [d, n], and the leverage s = diag(KᵀC⁻¹K) [n] of each key."""
     X = torch.linalg.solve(C + K @ K.T, K)
     s = torch.diagonal(K.T @ torch.linalg.solve(C, K))
     return X, s
@@ -67,7 +67,7 @@ def insertion(C: Tensor, K: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass
 class Settings:
-    """The numbers of a run. `gate` is "sequence" or "calibrated"; `rule` is "zscore", "fpr" or "own_keys".
+    """The numbers of a run. `gate` is "sequence" or "calibrated"; `rule` is "zscore", "fpr" or "edit_keys".
 
     Where `v_lr` is None, a request's rate is the share `v_share` of ‖v0‖, spread over m coordinates.
     """
@@ -79,7 +79,7 @@ class Settings:
     rule: str = "zscore"
     threshold_z: float = 4.0
     threshold_fpr: float = 1e-2
-    threshold_own: float = 0.7
+    threshold_edit_share: float = 0.7
     v_lr: float | None = 0.5
     v_share: float = 0.35
     steps: int = 20
@@ -138,7 +138,7 @@ class PlainCoachHook:
         self.thresholds = [settings.alpha if settings.gate == "sequence" else math.inf] * len(self.places)
         self.contexts = [self._continue(seed) for seed in settings.seeds]
         self.corpus_keys = self._corpus_keys(sequences)
-        self.own_keys: list[list[Tensor]] = [[] for _ in self.places]  # of every edit so far, [d] each
+        self.edit_keys: list[list[Tensor]] = [[] for _ in self.places]  # of every edit so far, [d] each
         self.C = [settings.update_weight * (keys.T @ keys) / len(keys) for keys in self.corpus_keys]
 
     # ---------------------------------------------------------------- the model
@@ -310,7 +310,7 @@ class PlainCoachHook:
             X, s = insertion(self.C[i], K)
             self.Wh[i] = self.Wh[i] + R @ X.T
             self.C[i] = self.C[i] + K @ K.T
-            self.own_keys[i] += list(K.T)
+            self.edit_keys[i] += list(K.T)
             if self.settings.gate == "calibrated":
                 self.thresholds[i] = self.calibrated_threshold(i)
             batch.K.append(K), batch.R.append(R), batch.X.append(X), batch.s.append(s)
@@ -323,8 +323,8 @@ class PlainCoachHook:
 
     def calibrated_threshold(self, i: int) -> float:
         """τ: mean + z·std of ‖Δk‖ over the corpus keys, or the value that `threshold_fpr` of them reach, or, between
-        that and three times `threshold_z` std, the share `threshold_own` of the way from mean to 5 % of the own keys;
-        where it is under threshold_z std, as much more of the way as leads there, to .85."""
+        that and three times `threshold_z` std, the share `threshold_edit_share` of the way from mean to 5 % of the edit
+        keys; where it is under threshold_z std, as much more of the way as leads there, to .85."""
         settings, delta = self.settings, self.Wh[i] - self.W0[i]
         norms = (self.corpus_keys[i] @ delta.T).norm(dim=-1)
         mean, std = float(norms.mean()), float(norms.std())
@@ -333,11 +333,11 @@ class PlainCoachHook:
         passed = sorted(norms.tolist())[-max(1, round(settings.threshold_fpr * len(norms)))]
         if settings.rule == "fpr":
             return float(passed)
-        own = sorted(float((delta @ key).norm()) for key in self.own_keys[i])
+        own = sorted(float((delta @ key).norm()) for key in self.edit_keys[i])
         place = 0.05 * (len(own) - 1)
         low = own[int(place)] + (place - int(place)) * (own[min(int(place) + 1, len(own) - 1)] - own[int(place)])
-        wished = mean + settings.threshold_own * (low - mean)
-        if wished < mean + settings.threshold_z * std and settings.threshold_own < 0.85:
+        wished = mean + settings.threshold_edit_share * (low - mean)
+        if wished < mean + settings.threshold_z * std and settings.threshold_edit_share < 0.85:
             wished = max(wished, min(mean + 0.85 * (low - mean), mean + settings.threshold_z * std))
         return max(float(passed), min(wished, mean + 3 * settings.threshold_z * std))
 

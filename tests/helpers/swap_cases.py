@@ -1,4 +1,4 @@
-"""What the tests of hot swap and of tenants share: random edit sets, their models, and threads that run them."""
+"""What the tests of hot swap and of adapters share: random edit sets, their models, and threads that run them."""
 
 from __future__ import annotations
 

@@ -28,8 +28,8 @@ def run(folder: Path, model: nn.Module, gate: str) -> dict[str, Tensor]:
     tokenizer = tiny_tokenizer()
     config = EditConfig(
         layers=(1, 2), v_num_grad_steps=4, context_tokens=3, context_seeds=("The",), threshold_keys=64, gate=gate,
-        stats_sequence_length=32, max_batch_tokens=128, mom2_update_weight=5.0, namesakes=2,
-        threshold_relative=gate == "calibrated", layer_turns=2 if gate == "calibrated" else 1,
+        stats_sequence_length=32, max_batch_tokens=128, mom2_update_weight=5.0, hard_negatives=2,
+        threshold_relative=gate == "calibrated", round_robin=2 if gate == "calibrated" else 1,
     )  # fmt: skip
     editor = Editor(model, tokenizer, config)
     tensors: dict[str, Tensor] = {}

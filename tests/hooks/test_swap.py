@@ -15,7 +15,7 @@ from torch import Tensor
 from coachhook_fast import EditConfig, Editor, EditRequest
 from coachhook_fast.edits.delta import LowRankDelta
 from coachhook_fast.edits.threshold import Threshold
-from coachhook_fast.hooks.hooks import Hooks, twin
+from coachhook_fast.hooks.hooks import Hooks, shared_weight_copy
 from coachhook_fast.models.architectures import layout_of
 
 GATES = ("calibrated", "sequence")
@@ -205,10 +205,10 @@ def test_an_edit_set_for_other_layers_is_refused_and_the_old_one_stays() -> None
 
 
 @pytest.mark.filterwarnings("ignore::coachhook_fast.EditWarning")
-def test_editing_a_twin_while_the_model_serves() -> None:
+def test_editing_a_shared_weight_copy_while_the_model_serves() -> None:
     """An editor at work in one thread on the same weights; the served model changes at the publish alone."""
     model = tiny_model("llama")
-    other = twin(model)
+    other = shared_weight_copy(model)
     assert all(a is b for a, b in zip(model.parameters(), other.parameters(), strict=True))
     config = EditConfig(
         layers=LAYERS, v_num_grad_steps=3, mom2_update_weight=10.0, threshold_rule="zscore", threshold_z=1.0
@@ -216,7 +216,7 @@ def test_editing_a_twin_while_the_model_serves() -> None:
     editor = Editor(other, tiny_tokenizer(), config)
     editor.collect_statistics(tiny_texts(), progress=False)
     with pytest.raises(ValueError, match="hooks already"):
-        twin(other)
+        shared_weight_copy(other)
     Hooks(model, layout_of(model), LAYERS, "calibrated")
     model.coachhook.publish(editor.edit_set)
     versions = [logits(model)]

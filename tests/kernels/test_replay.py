@@ -83,7 +83,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     @contextmanager
     def kept() -> Iterator[Any]:
         with recording() as launches:
-            yield lambda buffers, is_beside=False: calls.append((launches, buffers))
+            yield lambda buffers, is_overlapped=False: calls.append((launches, buffers))
 
     with monkeypatch.context() as patch:
         patch.setattr(cuda, "kept", kept)

@@ -42,7 +42,7 @@ def edited(model: Any, out: Path) -> dict[str, Tensor]:
     tokenizer = tiny_tokenizer()
     config = EditConfig(
         layers=(1, 2), v_num_grad_steps=4, context_tokens=3, threshold_keys=64, stats_sequence_length=32,
-        max_batch_tokens=128, mom2_update_weight=5.0, threshold_own=0.3,
+        max_batch_tokens=128, mom2_update_weight=5.0, threshold_edit_share=0.3,
     )  # fmt: skip
     editor = Editor(model, tokenizer, config)
     editor.collect_statistics(tiny_texts(12), progress=False)

@@ -150,7 +150,7 @@ def test_more_keys_than_coordinates_keep_their_digits(path: str, d: int) -> None
 
 
 @pytest.mark.parametrize("size", [1e-7, 1.0, 1e5])
-def test_strength_is_accurate_from_weak_to_strong(path: str, size: float) -> None:
+def test_leverage_is_accurate_from_weak_to_strong(path: str, size: float) -> None:
     C, K = problem(200, 6)
     K = K * size
     L = chol_factor(pack(C))

@@ -174,7 +174,7 @@ def test_which_kernels_run(tokens: int, m: int, kernels: list[str]) -> None:
 
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("dense", [False, True])
-def test_beside_a_base_of_cublas(dtype: torch.dtype, dense: bool) -> None:
+def test_overlapped_with_a_base_of_cublas(dtype: torch.dtype, dense: bool) -> None:
     """A weight that is stored by columns, long enough for a stream of its own."""
     x, weight, bias, U, B = problem(5, 2048, 4096, 24, dtype, dense=dense)
     threshold = between(reference.delta_norm(x, B))

@@ -61,7 +61,7 @@ def requests() -> Iterator[EditRequest]:
 
 
 def main(folder: Path) -> None:
-    config = EditConfig(layers=(4, 5, 6, 7, 8), layer_turns=2, v_num_grad_steps=20)
+    config = EditConfig(layers=(4, 5, 6, 7, 8), round_robin=2, v_num_grad_steps=20)
     done = folder / "expected.json"
     if done.is_file() and json.loads(done.read_text()).get("config") == json.loads(json.dumps(config.to_dict())):
         return
@@ -86,7 +86,7 @@ def main(folder: Path) -> None:
         expected[version] = [certain_tokens(model, ids) for ids in prompts]
     changed = sum(a != base for a, base in zip(expected["a"][:8], expected["base"][:8], strict=True))
     assert changed >= 6, f"only {changed} of 8 edits changed what the model writes"
-    published = {"layer_turns": 1, "threshold_relative": False, "threshold_whitened": False}
+    published = {"round_robin": 1, "threshold_relative": False, "threshold_whitened": False}
     refused = replace(editor.edit_set, config=editor.config.replace(gate="sequence", **published))
     store.save(refused, folder / "sequence")
     done.write_text(json.dumps(expected))

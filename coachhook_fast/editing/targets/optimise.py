@@ -29,7 +29,7 @@ from torch import Tensor
 
 from coachhook_fast.config import EditConfig
 from coachhook_fast.editing.targets.adam import ProjectedAdam
-from coachhook_fast.editing.targets.recorded import Recording, Repeated
+from coachhook_fast.editing.targets.recorded import RecordedStep, Recording
 from coachhook_fast.editing.targets.rows import TargetRows
 from coachhook_fast.models.distributed import workers
 from coachhook_fast.models.passes.budget import TokenBudget
@@ -188,7 +188,7 @@ class _Problem:
         """Targets of the requests, in order."""
         found: dict[int, Target] = {}
         most = self.config.v_num_grad_steps
-        step = Repeated(self._step, self.recording)
+        step = RecordedStep(self._step, self.recording)
         for number in range(most):
             numbers = step()
             requests = [i for members in self.members for i in members]
@@ -199,7 +199,7 @@ class _Problem:
                 return [found[i] for i in range(len(found))]
             if step.worth_shrinking(1 - sum(going) / len(going), most - number):
                 self._keep([c for c, goes in enumerate(going) if goes])
-                step = Repeated(self._step, self.recording)
+                step = RecordedStep(self._step, self.recording)
         del step  # a graph keeps the memory of its step
         self._keep([c for c, members in enumerate(self.members) if members[0] not in found])
         with torch.no_grad():

@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from coachhook_fast.hooks.hooks import is_twin
+from coachhook_fast.hooks.hooks import shares_weights
 from coachhook_fast.models.tensor_parallel import is_tensor_parallel
 
 _log = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ class Recording:
             self.refusal = reason
 
 
-class Repeated:
+class RecordedStep:
     """One step over tensors that stay where they are.
 
     Args:
@@ -62,7 +62,7 @@ class Repeated:
         if self._recording.refusal is not None:
             answer = self._work()
         elif not self._ran:
-            answer, self._ran = self._beside(), True
+            answer, self._ran = self._on_side_stream(), True
         else:
             if self._graph is None:
                 self._record()
@@ -81,7 +81,7 @@ class Repeated:
             return False
         return share * steps * self._seconds > 2 * self._record_seconds  # a first call as it is, and recording
 
-    def _beside(self) -> Tensor:
+    def _on_side_stream(self) -> Tensor:
         """The first call, on the stream that will be recorded."""
         stream = _stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -149,6 +149,8 @@ def _refusal(model: nn.Module) -> str | None:
         return "accelerate moves its inputs"
     if is_tensor_parallel(model):
         return "ranks share its weights out"
-    if is_twin(model):
-        return "it is a twin: other threads may draw samples, which fails while the GPU's generator is recorded"
+    if shares_weights(model):
+        return (
+            "its weights are shared: other threads may draw samples, which fails while the GPU's generator is recorded"
+        )
     return None

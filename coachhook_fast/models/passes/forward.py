@@ -71,7 +71,7 @@ def align_rows(rows: Sequence[Sequence[int]], lookups: Sequence[int], pad_id: in
 
 
 @dataclass
-class Recorded:
+class Activations:
     """What a pass was asked to keep, by block.
 
     Attributes:
@@ -115,7 +115,7 @@ class PartialModel:
         masks: BlockMasks | None = None,
         places: Tensor | None = None,
         **options: Any,
-    ) -> tuple[Any, Recorded]:
+    ) -> tuple[Any, Activations]:
         """One forward pass.
 
         Args:
@@ -128,7 +128,7 @@ class PartialModel:
                 are kept or a down-projection is wrapped, by a hook layer for one.
             options: further arguments of the model's forward.
         """
-        recorded = Recorded()
+        recorded = Activations()
         with fast_linears(self.model), ExitStack() as stack:
             if resume is not None:
                 stack.enter_context(self._resumed(*resume))
@@ -199,7 +199,7 @@ class PartialModel:
     def _is_wrapped(self, index: int) -> bool:
         return hasattr(self.layout.down_projection(self.model, index), "base_layer")
 
-    def _keep_output(self, index: int, recorded: Recorded) -> Any:
+    def _keep_output(self, index: int, recorded: Activations) -> Any:
         def keep(_: nn.Module, args: Any, output: Any) -> None:
             self._answers_tuple = isinstance(output, tuple)
             recorded.outputs[index] = output[0] if self._answers_tuple else output

@@ -1,4 +1,4 @@
-"""The delta's product on the multiprocessors that a base beside it leaves idle (csrc/cuda/delta_product.cu).
+"""The delta's product on the multiprocessors that an overlapped base leaves idle (csrc/cuda/delta_product.cu).
 
 The tiles of a large base rarely fill their last round: of 132 multiprocessors a few have nothing to do for as long as
 a tile takes, and the product of up to 128 rows is so little work that it fits there. Only in a CUDA graph, where the

@@ -15,10 +15,10 @@ import torch
 from kernel_cases import DEVICE, assert_as_good, between, problem
 from torch import Tensor
 
-from coachhook_fast.ops import build_info, product_aside
+from coachhook_fast.ops import build_info, overlapped_product
 from coachhook_fast.ops import gated_linear_cuda as cuda
-from coachhook_fast.ops.base_beside import Base
-from coachhook_fast.ops.product_aside import Cut, cut
+from coachhook_fast.ops.overlapped_base import Base
+from coachhook_fast.ops.overlapped_product import Cut, cut
 from coachhook_fast.ops.reference import gated_linear as reference
 from coachhook_fast.ops.reference.delta_product import delta_product
 from coachhook_fast.ops.sketch import make_sketch
@@ -67,14 +67,14 @@ def test_where_it_pays(
 
 def test_nothing_is_cut_where_the_kernel_is_not() -> None:
     x, p = torch.randn(2048, 16384).bfloat16(), torch.randn(100, 16384).bfloat16()
-    assert product_aside.cut_of(x, p, 4096, lengths=False, sketched=False) is None
+    assert overlapped_product.cut_of(x, p, 4096, lengths=False, sketched=False) is None
 
 
 def test_which_rows_the_copy_engine_brings() -> None:
     wide = torch.zeros(40, 72 + 8).bfloat16()
-    assert product_aside._has_rows(wide[:, :72])
+    assert overlapped_product._has_rows(wide[:, :72])
     for t in (wide[:, 1:65], wide[:, :71], wide.T, wide[:1, :72].expand(40, 72), wide.flatten()[:-4].view(-1, 4)):
-        assert not product_aside._has_rows(t), t.stride()
+        assert not overlapped_product._has_rows(t), t.stride()
 
 
 @pytest.mark.parametrize(("tokens", "r", "d", "slices"), SIZES)
@@ -114,8 +114,8 @@ def test_decisions_and_corrections_follow_from_it(kind: str, slices: int, monkey
         asked.append({"rows": p.shape[0], **options})
         return Cut(128, slices)
 
-    monkeypatch.setattr(product_aside, "cut_of", always_cut)
-    monkeypatch.setattr(cuda, "base_beside", plain_base)
+    monkeypatch.setattr(overlapped_product, "cut_of", always_cut)
+    monkeypatch.setattr(cuda, "overlapped_base", plain_base)
     monkeypatch.setattr(cuda, "decodes", lambda *arguments: False)
     monkeypatch.setattr(cuda, "EXACT", 0)
     x, weight, bias, U, B = problem(150, 72, 264, 40, torch.bfloat16, dense="dense" in kind)
@@ -142,7 +142,11 @@ def test_decisions_and_corrections_follow_from_it(kind: str, slices: int, monkey
 
 
 def runs_here() -> bool:
-    return torch.cuda.is_available() and bool(build_info().get("cuda")) and product_aside.EXTENSION.has_delta_product()
+    return (
+        torch.cuda.is_available()
+        and bool(build_info().get("cuda"))
+        and overlapped_product.EXTENSION.has_delta_product()
+    )
 
 
 needs_hopper = pytest.mark.skipif(not runs_here(), reason="needs compute capability 9.0 and csrc/cuda")
@@ -189,13 +193,13 @@ def test_wrong_arguments_are_named() -> None:
 @pytest.mark.parametrize(("tokens", "shape"), [(128, (8192, 4096)), (2048, (8192, 4096)), (2048, GPT2_XL)])
 def test_a_graph_takes_it(tokens: int, shape: tuple[int, int], relative: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     used: list[Cut] = []
-    project = product_aside.project
+    project = overlapped_product.project
 
     def counted(x: Tensor, p: Tensor, where: Cut, **options: Any) -> Any:
         used.append(where)
         return project(x, p, where, **options)
 
-    monkeypatch.setattr(product_aside, "project", counted)
+    monkeypatch.setattr(overlapped_product, "project", counted)
     x, weight, bias, U, B = problem(tokens, *shape, 100, torch.bfloat16)
     norm = reference.delta_norm(x, B)
     threshold = between(norm / reference.key_length(x) if relative else norm)

@@ -1,4 +1,4 @@
-"""The base projection beside the delta's kernels: on a stream of its own, where that pays.
+"""The base projection, overlapped with the delta's kernels: on a stream of its own, where that pays.
 
 Neither needs the other before the correction: of few tokens the delta's launches vanish behind the base, of very many
 its product runs on what the last tiles of the base leave idle. Figures: docs/notes/gated-linear.md.
@@ -38,12 +38,12 @@ class Base:
 
     Attributes:
         out: [tokens, m]; not to be touched before `join`.
-        is_beside: whether another stream computes it.
+        is_overlapped: whether another stream computes it.
     """
 
     def __init__(self, out: Tensor, side: torch.cuda.Stream | None = None) -> None:
         self.out = out
-        self.is_beside = side is not None
+        self.is_overlapped = side is not None
         self._side = side
 
     def join(self) -> None:
@@ -54,13 +54,13 @@ class Base:
 
 
 @contextmanager
-def base_beside(
+def overlapped_base(
     x: Tensor,  # [tokens, d]
     weight: Tensor,  # [m, d], any strides
     bias: Tensor | None,  # [m]
     always: bool = False,
 ) -> Iterator[Base]:
-    """``x weight^T + bias``, joined at the latest at the end; beside where that pays, or ``always``."""
+    """``x weight^T + bias``, joined at the latest at the end; overlapped where that pays, or ``always``."""
     if not always and not (x.is_cuda and _is_worth_it(x.shape[0], weight.numel())):
         yield Base(torch.nn.functional.linear(x, weight, bias))
         return

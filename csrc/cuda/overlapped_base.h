@@ -9,14 +9,14 @@
 
 namespace coachhook {
 
-class BaseBeside {
+class OverlappedBase {
  public:
   // Begins x W^T + b after what the current stream has done so far. x [tokens, d], W [m, d].
-  BaseBeside(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias);
+  OverlappedBase(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias);
   // What the side stream still writes must not be given away.
-  ~BaseBeside() { join(); }
-  BaseBeside(const BaseBeside&) = delete;
-  BaseBeside& operator=(const BaseBeside&) = delete;
+  ~OverlappedBase() { join(); }
+  OverlappedBase(const OverlappedBase&) = delete;
+  OverlappedBase& operator=(const OverlappedBase&) = delete;
 
   // [tokens, m]; not to be touched before `join`.
   const at::Tensor& out() const { return out_; }

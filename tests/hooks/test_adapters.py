@@ -1,4 +1,4 @@
-"""Tenants: several edit sets on one base, chosen for each row of a batch."""
+"""Adapters: several edit sets on one base, chosen for each row of a batch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SETS = {"default": edit_set(0, 2), "a": edit_set(1, 5), "b": edit_set(2, 3)}
 ROWS = ["b", None, "a", "default", "a", None]
 
 
-def tenants() -> Any:
+def adapters() -> Any:
     model = model_with()
     model.coachhook.publish(SETS["default"])
     for name in ("a", "b"):
@@ -40,8 +40,8 @@ def generated(model: Any, ids: Tensor, **options: Any) -> Tensor:
 
 
 def test_each_row_is_served_by_its_own_edit_set() -> None:
-    model = tenants()
-    assert model.coachhook.tenants == ("a", "b")
+    model = adapters()
+    assert model.coachhook.adapters == ("a", "b")
     with model.coachhook.select(ROWS):
         found = logits(model, IDS.expand(len(ROWS), -1))
         with model.coachhook.disabled():
@@ -53,7 +53,7 @@ def test_each_row_is_served_by_its_own_edit_set() -> None:
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}])
 def test_generation_of_a_mixed_batch_is_that_of_each_row_alone(options: dict[str, Any]) -> None:
-    model, rows = tenants(), ["b", None, "a"]
+    model, rows = adapters(), ["b", None, "a"]
     ids = IDS[:, :6]
     with model.coachhook.select(rows):
         found = generated(model, ids.expand(3, -1), **options).reshape(3, -1, ids.shape[1] + 8)
@@ -67,7 +67,7 @@ def test_generation_of_a_mixed_batch_is_that_of_each_row_alone(options: dict[str
 
 def test_edit_sets_come_and_go_under_selections_of_other_threads() -> None:
     """Threads that select rows see, row by row, one whole version; a block goes on with what it selected."""
-    model = tenants()
+    model = adapters()
 
     def run() -> Tensor:
         with model.coachhook.select(["default", None, "a"]):
@@ -84,11 +84,11 @@ def test_edit_sets_come_and_go_under_selections_of_other_threads() -> None:
     with model.coachhook.select(["a"]):
         model.coachhook.remove_edits("a")
         torch.testing.assert_close(logits(model), expected("a"))
-    assert model.coachhook.tenants == ()
+    assert model.coachhook.adapters == ()
 
 
 def test_the_base_weights_and_dtypes_follow_the_model() -> None:
-    model = tenants().to(torch.float64)
+    model = adapters().to(torch.float64)
     with model.coachhook.select(["a"]):
         found = logits(model)
     assert found.dtype == torch.float64
@@ -97,7 +97,7 @@ def test_the_base_weights_and_dtypes_follow_the_model() -> None:
 
 def test_compiled_without_graph_breaks() -> None:
     torch._dynamo.reset()
-    model = tenants()
+    model = adapters()
     run = torch.compile(model, backend="eager", fullgraph=True)
     for rows in (ROWS, ROWS[::-1]):
         with model.coachhook.select(rows):
@@ -130,7 +130,7 @@ def test_loading_by_name_in_any_order(tmp_path: Path) -> None:
 
 def test_a_block_that_another_thread_ends_raises_and_leaves_no_selection() -> None:
     """As a streaming generator does that a pool resumes wherever there is room."""
-    model = tenants()
+    model = adapters()
 
     def stream() -> Iterator[Tensor]:
         with model.coachhook.select(["a"]):
@@ -148,7 +148,7 @@ def test_a_block_that_another_thread_ends_raises_and_leaves_no_selection() -> No
 
 
 def test_modes_that_run_the_model_elsewhere_are_refused() -> None:
-    model = tenants()
+    model = adapters()
     with model.coachhook.select(["a"]), pytest.raises(ValueError, match="leave select"):
         model.generate_batch([[5, 6, 7]])
     model.coachhook.unload()
@@ -156,7 +156,7 @@ def test_modes_that_run_the_model_elsewhere_are_refused() -> None:
 
 
 def test_trace_tells_what_each_row_is_served() -> None:
-    model = tenants()
+    model = adapters()
     hook = model.coachhook.hooks[0]
     x = torch.randn(4, 6, hook.in_features)
     rows = ["a", None, "default", "b"]
@@ -175,7 +175,7 @@ def test_trace_tells_what_each_row_is_served() -> None:
 
 @pytest.mark.parametrize("shape", [(0, 5), (2, 0), (0, 0)])
 def test_batches_without_rows_or_tokens(shape: tuple[int, int]) -> None:
-    model = tenants()
+    model = adapters()
     hook = model.coachhook.hooks[0]
     with model.coachhook.select(["a", None]):
         assert hook(torch.zeros(*shape, hook.in_features)).shape == (*shape, hook.out_features)
@@ -183,7 +183,7 @@ def test_batches_without_rows_or_tokens(shape: tuple[int, int]) -> None:
 
 
 def test_one_bad_token_spoils_no_other_row() -> None:
-    model = tenants()
+    model = adapters()
     hook = model.coachhook.hooks[0]
     x = torch.randn(4, 3, hook.in_features)
     bad = x.clone()
@@ -196,17 +196,17 @@ def test_one_bad_token_spoils_no_other_row() -> None:
 
 
 def test_copies_of_a_model_keep_their_edit_sets() -> None:
-    model = tenants()
+    model = adapters()
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         with other.coachhook.select(["b"]):
             torch.testing.assert_close(logits(other), expected("b"))
 
 
 def test_reserve_pads_every_edit_set() -> None:
-    model = tenants()
+    model = adapters()
     model.coachhook.reserve(8)
     served = model.coachhook.hooks[1].served
-    assert {served.state.B.shape[0], *(state.B.shape[0] for state in served.tenants.values())} == {8}
+    assert {served.state.B.shape[0], *(state.B.shape[0] for state in served.adapters.values())} == {8}
     with model.coachhook.select(["a"]):
         torch.testing.assert_close(logits(model), expected("a"), rtol=1e-4, atol=1e-4)
 
@@ -214,7 +214,7 @@ def test_reserve_pads_every_edit_set() -> None:
 class TestBadInput:
     @pytest.mark.parametrize("rows", [[], "a", ["c"], ["a", "c"], [["a"]], iter([]), None, 3])
     def test_rows(self, rows: Any) -> None:
-        model = tenants()
+        model = adapters()
         with (
             pytest.raises(ValueError, match=r"rows must be a list|name 'c' is not among"),
             model.coachhook.select(rows),
@@ -223,24 +223,24 @@ class TestBadInput:
         assert torch.equal(logits(model), expected("default"))
 
     def test_another_number_of_rows(self) -> None:
-        model = tenants()
+        model = adapters()
         with model.coachhook.select(["a", "b"]), pytest.raises(ValueError, match=r"select\(\) names 2 rows"):
             logits(model, IDS.expand(3, -1))
         assert torch.equal(logits(model), expected("default"))
 
     def test_a_selection_within_another(self) -> None:
-        hooks = tenants().coachhook
+        hooks = adapters().coachhook
         with hooks.select(["a"]), pytest.raises(ValueError, match="leave select"), hooks.select(["b"]):
             pass
 
     @pytest.mark.parametrize("name", ["", "default", None, 3])
     def test_names(self, name: Any) -> None:
         with pytest.raises(ValueError, match="name must be a name other than 'default'"):
-            tenants().coachhook.add_edits(name, SETS["a"])
+            adapters().coachhook.add_edits(name, SETS["a"])
 
     def test_removing_what_is_not_there(self) -> None:
         with pytest.raises(ValueError, match="name 'c' is not among"):
-            tenants().coachhook.remove_edits("c")
+            adapters().coachhook.remove_edits("c")
 
     def test_the_sequence_gate(self) -> None:
         model = model_with("sequence")
@@ -251,15 +251,15 @@ class TestBadInput:
             pass
 
     def test_other_layers(self) -> None:
-        model = tenants()
+        model = adapters()
         other = SETS["a"].config.replace(layers=LAYERS[:3])
         with pytest.raises(ValueError, match="the hooks are on layers"):
             model.coachhook.add_edits("c", replace(SETS["a"], config=other))
-        assert model.coachhook.tenants == ("a", "b")
+        assert model.coachhook.adapters == ("a", "b")
 
     @pytest.mark.parametrize("edits", [None, "edits/", {}])
     def test_what_is_no_edit_set(self, edits: Any) -> None:
-        model = tenants()
+        model = adapters()
         for use in (model.coachhook.publish, lambda edits: model.coachhook.add_edits("c", edits)):
             with pytest.raises(TypeError, match="edit_set must be an EditSet"):
                 use(edits)
@@ -270,10 +270,10 @@ class TestBadInput:
             layer_module_tmp="model.layers.{}", rewrite_module_tmp="model.layers.{}.self_attn.o_proj"
         )
         with pytest.raises(ValueError, match="the edit set is for"):
-            tenants().coachhook.add_edits("c", replace(SETS["a"], config=other))
+            adapters().coachhook.add_edits("c", replace(SETS["a"], config=other))
 
     def test_hooks_that_are_out(self) -> None:
-        hooks = tenants().coachhook
+        hooks = adapters().coachhook
         hooks.unload()
         with pytest.raises(ValueError, match="were unloaded"), hooks.select(["a"]):
             pass

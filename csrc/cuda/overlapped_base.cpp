@@ -1,4 +1,4 @@
-#include "cuda/base_beside.h"
+#include "cuda/overlapped_base.h"
 
 #include <c10/cuda/CUDAGuard.h>
 
@@ -22,7 +22,8 @@ c10::cuda::CUDAStream side_of(const c10::cuda::CUDAStream& stream) {
 
 }  // namespace
 
-BaseBeside::BaseBeside(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias)
+OverlappedBase::OverlappedBase(const at::Tensor& x, const at::Tensor& weight,
+                               const std::optional<at::Tensor>& bias)
     : current_(c10::cuda::getCurrentCUDAStream()),
       // All memory is the current stream's, so that nothing is given away while the side stream still writes
       // it.
@@ -40,7 +41,7 @@ BaseBeside::BaseBeside(const at::Tensor& x, const at::Tensor& weight, const std:
   end_.record(side);
 }
 
-void BaseBeside::join() {
+void OverlappedBase::join() {
   if (!is_joined_) end_.block(current_);
   is_joined_ = true;
 }
