@@ -11,6 +11,7 @@ import coachhook_fast
 PACKAGE = Path(coachhook_fast.__file__).resolve().parent
 # `evaluate` is after `editing` as it measures what that did; `bench` times all of them.
 ROOMS = (
+    "files",
     "config",
     "request",
     "progress",
@@ -27,7 +28,7 @@ ROOMS = (
     "integrations",
     "cli",
 )
-ALONE = ROOMS[:4]  # import nothing of ours
+ALONE = ROOMS[:5]  # import nothing of ours
 
 
 def sources() -> Iterator[tuple[str, Path]]:

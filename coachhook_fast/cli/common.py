@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from coachhook_fast import files
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from coachhook_fast.evaluate.datasets import EditRecord
 
 MODEL_HELP = "hub name, local folder, GGUF file, or smollm2 for the packaged SmolLM2-135M"
+MOST_LAYERS = 10_000  # more blocks than any model has
 _PIPE_WIDTH = 120  # columns of a table where stdout is no terminal
 
 
@@ -115,6 +118,7 @@ def load_records(arguments: argparse.Namespace) -> tuple[list[EditRecord], list[
     """Records of --facts, and why others were left out."""
     from coachhook_fast.evaluate.datasets import read_records
 
+    files.check_readable(arguments.facts, most=files.MOST_FACTS)
     skipped: list[str] = []
     records = read_records(arguments.facts, limit=arguments.limit, skipped=skipped if arguments.skip_invalid else None)
     if skipped:
@@ -136,6 +140,7 @@ def load_config(arguments: argparse.Namespace, *, edits: Path | None = None) -> 
         values = EditConfig.from_saved(read_manifest(edits)["config"]).to_dict()
     try:
         if arguments.config is not None:
+            files.check_readable(arguments.config, most=files.MOST_SETTINGS)
             values |= read_yaml(arguments.config)
         if arguments.layers is not None:
             values["layers"] = _layers(arguments.layers)
@@ -150,6 +155,8 @@ def load_config(arguments: argparse.Namespace, *, edits: Path | None = None) -> 
         return EditConfig.from_dict(values | current_names(given))
     except (TypeError, yaml.YAMLError) as error:
         raise ValueError(str(error)) from error
+    except RecursionError:
+        raise ValueError(f"settings of {arguments.config or '--set'} are nested too deeply") from None
 
 
 def _layers(text: str) -> tuple[int, ...]:
@@ -158,7 +165,12 @@ def _layers(text: str) -> tuple[int, ...]:
     try:
         for part in names(text):
             first, _, last = part.partition("-")
-            layers += range(int(first), int(last or first) + 1)
+            start, end = int(first), int(last or first)
+            if end >= MOST_LAYERS:
+                raise ValueError
+            layers += range(start, end + 1)
     except ValueError:
-        raise ValueError(f"--layers must be block numbers such as 4,5,6 or 4-8, got {text!r}") from None
+        raise ValueError(
+            f"--layers must be block numbers under {MOST_LAYERS} such as 4,5,6 or 4-8, got {text[:200]!r}"
+        ) from None
     return tuple(layers)

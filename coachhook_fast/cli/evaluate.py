@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from coachhook_fast import files
 from coachhook_fast.cli import common
 from coachhook_fast.cli.common import Report
 
@@ -101,9 +102,9 @@ def _held_out(arguments: argparse.Namespace) -> HeldOut | None:
     from coachhook_fast.evaluate import HeldOut
 
     try:
-        text = arguments.perplexity.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--perplexity {arguments.perplexity} is not UTF-8 text: {error}") from error
+        text = files.read_text(arguments.perplexity, most=files.MOST_FACTS)
+    except ValueError as error:
+        raise ValueError(f"--perplexity {error}") from error
     return HeldOut(text, arguments.window, arguments.stride, arguments.max_tokens)
 
 

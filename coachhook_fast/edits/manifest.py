@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from coachhook_fast import files
 from coachhook_fast.config import EditConfig, current_names
 from coachhook_fast.edits.edit_set import Batch, EditOutcome
 from coachhook_fast.edits.threshold import Threshold
@@ -17,6 +19,7 @@ from coachhook_fast.request import EditRequest
 
 FORMAT = 1
 MANIFEST = "edit_set.json"
+RUN_NAME = "[0-9A-Za-z_-]{0,64}"  # of key statistics: a name in the cache, never a path
 _FIELDS = {"format", "model", "config", "contexts", "thresholds", "weights", "batches"}
 _NEWER_FIELDS = {"statistics"}  # sets written before they were there lack them
 _BATCH_KINDS: dict[str, Any] = {
@@ -33,11 +36,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             read. The message names the file.
     """
     path = folder / MANIFEST
-    if not path.is_file():
+    if not path.exists():
         raise ValueError(f"folder {str(folder)!r} holds no edit set: it has no {MANIFEST}")
+    text = files.read_text(path, most=files.MOST_JSON, within=folder)
     try:
-        manifest = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        manifest = files.parse_json(text)
+    except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         found = manifest.get("format") if isinstance(manifest, dict) else manifest
@@ -56,11 +60,14 @@ def _check(manifest: Mapping[str, Any]) -> None:
     contexts = manifest["contexts"]
     if not isinstance(manifest["model"], str) or not isinstance(contexts, list) or not all(map(_is_text, contexts)):
         raise TypeError(f"model is {manifest['model']!r} and contexts are {contexts!r}")
+    run = manifest.get("statistics", "")
+    if not isinstance(run, str) or not re.fullmatch(RUN_NAME, run):
+        raise ValueError(f"statistics must be the name of a run, got {run!r}")
     layers = EditConfig.from_dict(manifest["config"]).layers
     if layers is None:
         raise ValueError("config names no layers")
     thresholds_of(manifest["thresholds"], len(layers))
-    _check_file(manifest["weights"])
+    _check_file(manifest["weights"], "weights")
     parent = None
     for line in manifest["batches"]:
         if set(line) != set(_BATCH_KINDS):
@@ -78,16 +85,30 @@ def _check(manifest: Mapping[str, Any]) -> None:
         for alpha in line["alphas"]:
             alpha_of(alpha)
         outcomes_in(line)
-        _check_file(line["tensors"])
+        _check_file(line["tensors"], "batch")
 
 
-def _check_file(entry: Mapping[str, Any]) -> None:
-    if not isinstance(entry["file"], str) or not isinstance(entry["sha256"], str):
-        raise TypeError(f"a tensor file is named by {entry!r}")
+def _check_file(entry: Mapping[str, Any], kind: str) -> None:
+    name, digest = entry["file"], entry["sha256"]
+    if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
+        raise ValueError(f"a tensor file has sha256 {digest!r}")
+    if not isinstance(name, str) or not re.fullmatch(rf"{kind}-[0-9a-f]{{16}}\.safetensors", name):
+        raise ValueError(f"a tensor file is called {name!r}, not {kind}-<16 hex digits>.safetensors")
 
 
 def _is_text(value: object) -> bool:
     return isinstance(value, str)
+
+
+def to_json(manifest: Mapping[str, Any]) -> bytes:
+    """What `read_manifest` reads; ValueError where it would not."""
+    try:
+        content = json.dumps(manifest, indent=1).encode()
+    except (TypeError, RecursionError) as error:
+        raise ValueError(f"the edit set holds what JSON cannot: {error}") from error
+    if len(content) > files.MOST_JSON:
+        raise ValueError(f"{MANIFEST} would have {len(content)} bytes, at most {files.MOST_JSON} are read")
+    return content
 
 
 def version_of(manifest: Mapping[str, Any]) -> str:

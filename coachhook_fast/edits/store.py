@@ -14,9 +14,6 @@ one's edit set is what stands there. Readers take no lock: one whose files are s
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
-import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -24,10 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load as from_bytes
-from safetensors.torch import save as to_bytes
-from torch import Tensor
-
+from coachhook_fast import files
 from coachhook_fast.config import EditConfig
 from coachhook_fast.edits.delta import LowRankDelta
 from coachhook_fast.edits.edit_set import Batch, EditSet, LayerUpdate
@@ -40,13 +34,17 @@ from coachhook_fast.edits.manifest import (  # fmt: skip
     read_manifest,
     thresholds_line,
     thresholds_of,
+    to_json,
 )
+from coachhook_fast.edits.tensors import read_tensors, write_tensors
 
 LOCK = ".lock"
 _UPDATE = ("keys", "residuals", "directions")  # tensors of a layer's update
 _SPREAD = "spread"  # a fourth, under threshold_whitened
 _OURS_ON_THE_HUB = [f"{kind}-{'[0-9a-f]' * 16}.safetensors" for kind in ("weights", "batch")]
-_OURS = re.compile(r"(weights|batch)-[0-9a-f]{16}(\.safetensors|\.\d+\.tmp)|edit_set\.json\.\d+\.tmp")
+_OURS = re.compile(
+    rf"(weights|batch)-[0-9a-f]{{16}}(\.safetensors)?({files.STAGING})?|{re.escape(MANIFEST)}{files.STAGING}"
+)
 
 
 def save(edit_set: EditSet, folder: Path) -> None:
@@ -70,17 +68,15 @@ def save(edit_set: EditSet, folder: Path) -> None:
             "config": edit_set.config.to_dict(),
             "contexts": list(edit_set.contexts),
             "thresholds": thresholds_line(edit_set.thresholds),
-            "weights": _write_tensors(folder, "weights", weights),
+            "weights": write_tensors(folder, "weights", weights),
             "statistics": edit_set.statistics,
             "batches": [
                 batch_line(batch, parent, _write_batch(folder, batch))
                 for batch, parent in zip(edit_set.batches, parents, strict=False)
             ],
         }
-        staging = folder / f"{MANIFEST}.{os.getpid()}.tmp"
-        _write_synced(staging, json.dumps(manifest, indent=1).encode())
-        staging.replace(folder / MANIFEST)
-        _sync_folder(folder)
+        files.write_synced(folder / MANIFEST, to_json(manifest))
+        files.sync_folder(folder)
         _sweep(folder, manifest)
 
 
@@ -232,7 +228,7 @@ def _write_batch(folder: Path, batch: Batch) -> dict[str, str]:
         for name in (*_UPDATE, _SPREAD)
         if getattr(update, name) is not None
     }
-    return _write_tensors(folder, "batch", tensors)
+    return write_tensors(folder, "batch", tensors)
 
 
 def _read_batch(folder: Path, line: Mapping[str, Any], layers: int, *, updates: bool) -> Batch:
@@ -249,7 +245,8 @@ def _read_batch(folder: Path, line: Mapping[str, Any], layers: int, *, updates: 
 
 def _read_updates(folder: Path, line: Mapping[str, Any], layers: int) -> tuple[LayerUpdate, ...]:
     needed = {f"{position}.{name}" for position in range(layers) for name in _UPDATE}
-    tensors = _read_tensors(folder, line["tensors"], needed)
+    spreads = {f"{position}.{_SPREAD}" for position in range(layers)}
+    tensors = read_tensors(folder, line["tensors"], needed, spreads)
     return tuple(
         LayerUpdate(
             keys=tensors[f"{position}.keys"],
@@ -264,7 +261,8 @@ def _read_updates(folder: Path, line: Mapping[str, Any], layers: int) -> tuple[L
 
 def _read_deltas(folder: Path, manifest: Mapping[str, Any]) -> tuple[LowRankDelta, ...]:
     layers = range(len(manifest["thresholds"]))
-    tensors = _read_tensors(folder, manifest["weights"], {f"{position}.B" for position in layers})
+    others = {f"{position}.{name}" for position in layers for name in ("U", "W")}
+    tensors = read_tensors(folder, manifest["weights"], {f"{position}.B" for position in layers}, others)
     return tuple(
         LowRankDelta.from_state_dict(
             {name: tensors[f"{position}.{name}"] for name in ("U", "B", "W") if f"{position}.{name}" in tensors}
@@ -284,56 +282,9 @@ def _locked(folder: Path) -> Iterator[None]:
     except ImportError:
         yield
         return
-    with (folder / LOCK).open("w") as file:
+    with open(files.open_own(folder / LOCK), "r+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def _write_tensors(folder: Path, kind: str, tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Writes a file named by its content; its name and sha256 for the manifest."""
-    content = to_bytes({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
-    digest = hashlib.sha256(content).hexdigest()
-    path = folder / f"{kind}-{digest[:16]}.safetensors"
-    if not path.is_file() or path.stat().st_size != len(content):
-        staging = path.with_suffix(f".{os.getpid()}.tmp")
-        _write_synced(staging, content)
-        staging.replace(path)
-    return {"file": path.name, "sha256": digest}
-
-
-def _read_tensors(folder: Path, entry: Mapping[str, str], needed: set[str]) -> dict[str, Tensor]:
-    """What the file of `entry` holds; ValueError where it is missing, damaged, or without a tensor of `needed`."""
-    path = folder / Path(entry["file"]).name
-    try:
-        content = path.read_bytes()  # once: a writer may sweep the file at any moment
-    except FileNotFoundError:
-        raise ValueError(f"edit set is incomplete: {path} is missing") from None
-    digest = hashlib.sha256(content).hexdigest()
-    if digest != entry["sha256"]:
-        raise ValueError(f"{path} is damaged: sha256 {digest}, the edit set names {entry['sha256']}")
-    tensors = from_bytes(content)
-    if not needed <= tensors.keys():
-        raise ValueError(f"{path} lacks the tensors {sorted(needed - tensors.keys())}")
-    return tensors
-
-
-def _write_synced(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes the renames themselves durable; not every system lets a folder be opened."""
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _sweep(folder: Path, manifest: Mapping[str, Any]) -> None:

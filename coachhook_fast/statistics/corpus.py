@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from coachhook_fast import files
 from coachhook_fast.models.placement import input_device
 
 # Between documents in a corpus' text (`joined`): no token.
@@ -178,13 +179,12 @@ def sequences_of(rows: Iterable[tuple[Tensor, Tensor]]) -> list[list[int]]:
 def _items(corpus: Corpus) -> Iterator[Any]:
     if isinstance(corpus, (str, Path)):
         path = Path(corpus)
-        if not path.is_file():
+        if not path.exists():
             raise ValueError(f"corpus file {str(path)!r} does not exist")
-        with path.open(encoding="utf-8") as lines:
-            try:
-                yield from _paragraphs(lines)
-            except UnicodeDecodeError as error:
-                raise ValueError(f"corpus file {str(path)!r} is not UTF-8 text: {error}") from error
+        try:
+            yield from _paragraphs(files.text_lines(path))
+        except ValueError as error:
+            raise ValueError(f"corpus file {error}") from error
     elif isinstance(corpus, Iterable):
         yield from corpus
     else:
@@ -193,12 +193,15 @@ def _items(corpus: Corpus) -> Iterator[Any]:
 
 def _paragraphs(lines: Iterable[str]) -> Iterator[str]:
     paragraph: list[str] = []
+    size = 0
     for line in chain(lines, [""]):
-        if line.strip():
-            paragraph.append(line)
-        elif paragraph:
+        blank = not line.strip()
+        if paragraph and (blank or size + len(line) > files.MOST_LINE):  # one without end goes in pieces
             yield "".join(paragraph).strip()
-            paragraph = []
+            paragraph, size = [], 0
+        if not blank:
+            paragraph.append(line)
+            size += len(line)
 
 
 def _token_ids(item: Any, index: int, tokenizer: Any) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -31,7 +32,11 @@ def test_argument_errors_are_one_line(home: Path, capsys: pytest.CaptureFixture[
         (["--set", "v_lr"], "--set must be KEY=VALUE, got 'v_lr'"),
         (["--set", "v_lr=fast"], "v_lr must be a number, got 'fast'"),
         (["--set", "speed=3"], r"unknown setting(s) ['speed']"),
-        (["--layers", "four"], "--layers must be block numbers such as 4,5,6 or 4-8, got 'four'"),
+        (["--layers", "four"], "--layers must be block numbers under 10000 such as 4,5,6 or 4-8, got 'four'"),
+        (["--layers", "0-99999999999"], "--layers must be block numbers under 10000"),
+        (["--facts", "/dev/zero"], "/dev/zero is a device"),
+        (["--config", "/dev/zero"], "/dev/zero is a device"),
+        (["--corpus", "/dev/zero"], "/dev/zero is a device"),
         (["--layers", "2,1"], "layers must be ascending"),
         (["--layers", "99"], "layers [99] are out of range: the model has blocks 0 to 4"),
         (["--dtype", "float99"], "dtype must name a"),
@@ -188,6 +193,25 @@ def test_damaged_files_are_named(home: Path, capsys: pytest.CaptureFixture[str],
         capsys, "edit", *model(home), *facts(home), "--config", str(settings), *out(home, "never")
     )
     stats = ["stats", *model(home), "--layers", "1", "--corpus", str(binary)]
-    assert f"corpus file '{binary}' is not UTF-8" in fails(capsys, *stats)
+    assert f"corpus file {binary} is not UTF-8" in fails(capsys, *stats)
     held_out = ["eval", *model(home), *facts(home), "--perplexity", str(binary)]
     assert f"--perplexity {binary} is not UTF-8" in fails(capsys, *held_out)
+
+
+@pytest.mark.parametrize("argument", ["--facts", "--config"])
+def test_what_is_too_large_or_no_file_is_not_read(
+    home: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, argument: str
+) -> None:
+    with (tmp_path / "sparse").open("wb") as file:
+        file.truncate(1 << 31)
+    os.mkfifo(tmp_path / "fifo")
+    arguments = ["edit", *model(home), *facts(home), *out(home, "never"), argument]
+    assert f"{tmp_path / 'sparse'} has {1 << 31} bytes" in fails(capsys, *arguments, str(tmp_path / "sparse"))
+    assert f"{tmp_path / 'fifo'} is a FIFO" in fails(capsys, *arguments, str(tmp_path / "fifo"))
+
+
+def test_settings_nested_too_deeply(home: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "deep.yaml").write_text("layers: " + "[" * 5000)
+    arguments = ["edit", *model(home), *facts(home), *out(home, "never")]
+    assert "nested too deeply" in fails(capsys, *arguments, "--config", str(tmp_path / "deep.yaml"))
+    assert "nested too deeply" in fails(capsys, *arguments, "--set", "layers=" + "[" * 5000)
