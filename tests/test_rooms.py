@@ -12,6 +12,7 @@ PACKAGE = Path(coachhook_fast.__file__).resolve().parent
 # `evaluate` is after `editing` as it measures what that did; `bench` times all of them.
 ROOMS = (
     "files",
+    "limits",
     "config",
     "request",
     "progress",
@@ -28,7 +29,7 @@ ROOMS = (
     "integrations",
     "cli",
 )
-ALONE = ROOMS[:5]  # import nothing of ours
+ALONE = ROOMS[:6]  # import nothing of ours
 
 
 def sources() -> Iterator[tuple[str, Path]]:

@@ -15,10 +15,10 @@ import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
-from coachhook_fast.cli import bench, edit, evaluate, generate, inspect, log, rollback, stats, verify_vllm
+from coachhook_fast.cli import bench, edit, evaluate, generate, inspect, log, rollback, stats, verify_edits, verify_vllm
 from coachhook_fast.cli.common import console
 
-VERBS = (stats, edit, evaluate, generate, inspect, log, rollback, bench, verify_vllm)
+VERBS = (stats, edit, evaluate, generate, inspect, log, rollback, bench, verify_edits, verify_vllm)
 
 _DESCRIPTION = "Edit facts in a language model, in consecutive batches, without touching a base weight."
 _EXAMPLES = """examples:

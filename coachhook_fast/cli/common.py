@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coachhook_fast import files
+from coachhook_fast.limits import MOST_LAYERS, check_bounds
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from coachhook_fast.evaluate.datasets import EditRecord
 
 MODEL_HELP = "hub name, local folder, GGUF file, or smollm2 for the packaged SmolLM2-135M"
-MOST_LAYERS = 10_000  # more blocks than any model has
 _PIPE_WIDTH = 120  # columns of a table where stdout is no terminal
 
 
@@ -152,7 +152,9 @@ def load_config(arguments: argparse.Namespace, *, edits: Path | None = None) -> 
             if not equals:
                 raise ValueError(f"--set must be KEY=VALUE, got {setting!r}")
             given[key.strip()] = number_in(yaml.safe_load(value))
-        return EditConfig.from_dict(values | current_names(given))
+        config = EditConfig.from_dict(values | current_names(given))
+        check_bounds(config)
+        return config
     except (TypeError, yaml.YAMLError) as error:
         raise ValueError(str(error)) from error
     except RecursionError:

@@ -15,11 +15,13 @@ from coachhook_fast import files
 from coachhook_fast.config import EditConfig, current_names
 from coachhook_fast.edits.edit_set import Batch, EditOutcome
 from coachhook_fast.edits.threshold import Threshold
+from coachhook_fast.limits import check_bounds
 from coachhook_fast.request import EditRequest
 
 FORMAT = 1
 MANIFEST = "edit_set.json"
 RUN_NAME = "[0-9A-Za-z_-]{0,64}"  # of key statistics: a name in the cache, never a path
+_LEAST, _MOST = 2.0**-126, 2.0**127  # numbers that fp32 holds in full
 _FIELDS = {"format", "model", "config", "contexts", "thresholds", "weights", "batches"}
 _NEWER_FIELDS = {"statistics"}  # sets written before they were there lack them
 _BATCH_KINDS: dict[str, Any] = {
@@ -63,12 +65,15 @@ def _check(manifest: Mapping[str, Any]) -> None:
     run = manifest.get("statistics", "")
     if not isinstance(run, str) or not re.fullmatch(RUN_NAME, run):
         raise ValueError(f"statistics must be the name of a run, got {run!r}")
-    layers = EditConfig.from_dict(manifest["config"]).layers
+    config = EditConfig.from_dict(manifest["config"])
+    check_bounds(config)
+    layers = config.layers
     if layers is None:
         raise ValueError("config names no layers")
     thresholds_of(manifest["thresholds"], len(layers))
     _check_file(manifest["weights"], "weights")
     parent = None
+    seen: set[str] = set()
     for line in manifest["batches"]:
         if set(line) != set(_BATCH_KINDS):
             raise ValueError(f"a ledger line has the fields {sorted(line)}, expected {sorted(_BATCH_KINDS)}")
@@ -78,6 +83,11 @@ def _check(manifest: Mapping[str, Any]) -> None:
         if line["parent"] != parent:
             raise ValueError(f"the ledger is broken: batch {line['id']!r} does not follow {parent!r}")
         parent = line["id"]
+        if not parent or parent in seen:
+            raise ValueError(f"the ledger is broken: the batch id {parent!r} is {'there twice' if parent else 'empty'}")
+        seen.add(parent)
+        if not math.isfinite(line["seconds"]):
+            raise ValueError(f"seconds of batch {parent!r} is {line['seconds']}")
         if line["thresholds"]:
             thresholds_of(line["thresholds"], len(layers))
         if len(line["alphas"]) != len(layers):
@@ -101,10 +111,14 @@ def _is_text(value: object) -> bool:
 
 
 def to_json(manifest: Mapping[str, Any]) -> bytes:
-    """What `read_manifest` reads; ValueError where it would not."""
+    """What `read_manifest` reads; ValueError where it would not, so that nothing is committed that stays unread."""
     try:
-        content = json.dumps(manifest, indent=1).encode()
-    except (TypeError, RecursionError) as error:
+        _check(manifest)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
+        raise ValueError(f"the edit set cannot be saved: {error}") from error
+    try:
+        content = json.dumps(manifest, indent=1, allow_nan=False).encode()
+    except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"the edit set holds what JSON cannot: {error}") from error
     if len(content) > files.MOST_JSON:
         raise ValueError(f"{MANIFEST} would have {len(content)} bytes, at most {files.MOST_JSON} are read")
@@ -153,6 +167,9 @@ def _request_of(fields: Mapping[str, Any]) -> EditRequest:
     unknown = sorted(set(fields) - set(EditRequest.__dataclass_fields__))
     if unknown:
         raise ValueError(f"a request in the ledger has unknown fields {unknown}")
+    case = fields.get("case_id")
+    if not isinstance(case, (str, int, type(None))):
+        raise TypeError(f"case_id must be a number or text, got {case!r}")
     return EditRequest(**fields)
 
 
@@ -167,6 +184,10 @@ def thresholds_of(line: Sequence[Sequence[float | None]], layers: int) -> tuple[
     found = []
     for value, mean, std in line:
         found.append(Threshold(_back(value, math.inf), _back(mean, math.nan), _back(std, math.nan)))
+        if not (_LEAST <= found[-1].value <= _MOST or value is None):
+            raise ValueError(f"a threshold must be positive and a number in fp32, got {value}")
+        if std is not None and not _LEAST <= std <= _MOST:
+            raise ValueError(f"a threshold's std must be positive, got {std}")
     return tuple(found)
 
 

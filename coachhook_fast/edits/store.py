@@ -16,13 +16,14 @@ from __future__ import annotations
 import functools
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from coachhook_fast import files
 from coachhook_fast.config import EditConfig
+from coachhook_fast.edits.check import check_deltas, check_updates
 from coachhook_fast.edits.delta import LowRankDelta
 from coachhook_fast.edits.edit_set import Batch, EditSet, LayerUpdate
 from coachhook_fast.edits.manifest import (  # fmt: skip
@@ -39,6 +40,7 @@ from coachhook_fast.edits.manifest import (  # fmt: skip
 from coachhook_fast.edits.tensors import read_tensors, write_tensors
 
 LOCK = ".lock"
+Accept = Callable[[str, EditConfig], Sequence[tuple[int, int]]]
 _UPDATE = ("keys", "residuals", "directions")  # tensors of a layer's update
 _SPREAD = "spread"  # a fourth, under threshold_whitened
 _OURS_ON_THE_HUB = [f"{kind}-{'[0-9a-f]' * 16}.safetensors" for kind in ("weights", "batch")]
@@ -80,32 +82,40 @@ def save(edit_set: EditSet, folder: Path) -> None:
         _sweep(folder, manifest)
 
 
-def load(folder: Path, *, updates: bool = True) -> EditSet:
-    """Reads the committed edit set of `folder`.
+def load(folder: Path, *, updates: bool = True, accept: Accept | None = None) -> EditSet:
+    """Reads the committed edit set of `folder`, and checks all that serving and editing rely on (edits/check.py).
 
     Args:
         updates: False leaves the batches' tensors where they are, the bulk of it, and reads what serving needs: such a
             set cannot be edited, rolled back or saved.
+        accept: called with the base model's fingerprint and the settings before a tensor is read; gives (m, d) of each
+            layer, or raises ValueError.
 
     Raises:
-        ValueError: no edit set there, an unknown format or field, a file that is missing or whose checksum differs.
+        ValueError: no edit set there, an unknown format or field, a file that is missing or whose checksum differs, a
+            value that no editor writes. The message names the file or the folder.
     """
-    return _read_whole(folder, functools.partial(_edit_set_of, updates=updates))
+    return _read_whole(folder, functools.partial(_edit_set_of, updates=updates, accept=accept))
 
 
-def _edit_set_of(folder: Path, manifest: Mapping[str, Any], *, updates: bool) -> EditSet:
+def _edit_set_of(folder: Path, manifest: Mapping[str, Any], *, updates: bool, accept: Accept | None) -> EditSet:
     config = EditConfig.from_saved(manifest["config"])
     assert config.layers is not None  # read_manifest has looked
     layers = len(config.layers)
-    return EditSet(
+    sizes = None if accept is None else accept(manifest["model"], config)
+    found = EditSet(
         model=manifest["model"],
         config=config,
         contexts=tuple(manifest["contexts"]),
-        deltas=_read_deltas(folder, manifest),
+        deltas=_read_deltas(folder, manifest, sizes),
         thresholds=thresholds_of(manifest["thresholds"], layers),
         batches=tuple(_read_batch(folder, line, layers, updates=updates) for line in manifest["batches"]),
         statistics=str(manifest.get("statistics", "")),
     )
+    if updates:
+        with _named(folder):
+            check_updates(found)
+    return found
 
 
 def load_weights(folder: Path) -> list[tuple[LowRankDelta, float]]:
@@ -139,11 +149,11 @@ def _commit_of(folder: Path) -> tuple[int, int] | None:
     return found.st_ino, found.st_mtime_ns
 
 
-def check_base(edit_set: EditSet, model_id: str) -> None:
-    """ValueError unless the edit set belongs to the base model with fingerprint `model_id`."""
-    if edit_set.model != model_id:
+def check_base(made_for: str, model_id: str) -> None:
+    """ValueError unless edits made for the base model with fingerprint `made_for` belong to that of `model_id`."""
+    if made_for != model_id:
         raise ValueError(
-            f"edits belong to another base model: they were made for fingerprint {edit_set.model}, "
+            f"edits belong to another base model: they were made for fingerprint {made_for}, "
             f"this model's is {model_id} (a copy of the right model in fp16, or a quantised one, differs in its last "
             "digits: load_edits(..., check=False))"
         )
@@ -151,7 +161,7 @@ def check_base(edit_set: EditSet, model_id: str) -> None:
 
 def check_continues(edit_set: EditSet, model_id: str, config: EditConfig) -> None:
     """ValueError unless editing can go on from `edit_set` with `config` on this model."""
-    check_base(edit_set, model_id)
+    check_base(edit_set.model, model_id)
     for name in (
         "layers",
         "round_robin",
@@ -259,16 +269,34 @@ def _read_updates(folder: Path, line: Mapping[str, Any], layers: int) -> tuple[L
     )
 
 
-def _read_deltas(folder: Path, manifest: Mapping[str, Any]) -> tuple[LowRankDelta, ...]:
+def _read_deltas(
+    folder: Path, manifest: Mapping[str, Any], sizes: Sequence[tuple[int, int]] | None = None
+) -> tuple[LowRankDelta, ...]:
     layers = range(len(manifest["thresholds"]))
+    needed = {f"{position}.B" for position in layers}
     others = {f"{position}.{name}" for position in layers for name in ("U", "W")}
-    tensors = read_tensors(folder, manifest["weights"], {f"{position}.B" for position in layers}, others)
-    return tuple(
-        LowRankDelta.from_state_dict(
-            {name: tensors[f"{position}.{name}"] for name in ("U", "B", "W") if f"{position}.{name}" in tensors}
+    shapes: dict[str, tuple[int | None, int | None]] = {}
+    for position, (m, d) in enumerate(sizes or ()):
+        shapes |= {f"{position}.U": (m, None), f"{position}.B": (None, d)}
+    tensors = read_tensors(folder, manifest["weights"], needed, others, shapes)
+    with _named(folder):
+        deltas = tuple(
+            LowRankDelta.from_state_dict(
+                {name: tensors[f"{position}.{name}"] for name in ("U", "B", "W") if f"{position}.{name}" in tensors}
+            )
+            for position in layers
         )
-        for position in layers
-    )
+        check_deltas(deltas)
+    return deltas
+
+
+@contextmanager
+def _named(folder: Path) -> Iterator[None]:
+    """What is wrong within names the folder."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{folder} holds no sound edit set: {error}") from error
 
 
 # -------------------------------------------------------------------- files

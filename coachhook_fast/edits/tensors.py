@@ -18,6 +18,7 @@ from coachhook_fast import files
 
 _DTYPES = {"F32": 4, "F64": 8}  # of an editor's deltas, keys and updates
 _MOST_HEADER = 16 * files.MiB
+Shapes = Mapping[str, tuple[int | None, int | None]]
 _MOST_COUNT = 1 << 40  # numbers in a tensor: products of sizes stay far from any overflow
 
 
@@ -31,8 +32,13 @@ def write_tensors(folder: Path, kind: str, tensors: Mapping[str, Tensor]) -> dic
     return {"file": path.name, "sha256": digest}
 
 
-def read_tensors(folder: Path, entry: Mapping[str, str], needed: set[str], others: set[str]) -> dict[str, Tensor]:
+def read_tensors(
+    folder: Path, entry: Mapping[str, str], needed: set[str], others: set[str], shapes: Shapes | None = None
+) -> dict[str, Tensor]:
     """What the file of `entry` holds.
+
+    Args:
+        shapes: (rows, columns) that tensors must have, None for any number.
 
     Raises:
         ValueError: it is missing, damaged, no regular file of the folder, no safetensors file, or without a tensor of
@@ -50,7 +56,7 @@ def read_tensors(folder: Path, entry: Mapping[str, str], needed: set[str], other
             if not 2 <= length <= _MOST_HEADER:
                 raise ValueError(f"{path} is no safetensors file: its header has {length} bytes")
             header = file.read(length)
-            size = check_header(path, header, needed, others)
+            size = check_header(path, header, needed, others, shapes or {})
             content = b"".join((start, header, file.read(size + 1)))
     except FileNotFoundError:
         raise ValueError(f"edit set is incomplete: {path} is missing") from None
@@ -63,7 +69,7 @@ def read_tensors(folder: Path, entry: Mapping[str, str], needed: set[str], other
         raise ValueError(f"{path} is no safetensors file: {error}") from error
 
 
-def check_header(path: Path, header: bytes, needed: set[str], others: set[str]) -> int:
+def check_header(path: Path, header: bytes, needed: set[str], others: set[str], shapes: Shapes) -> int:
     """Bytes of tensors that a safetensors header announces; ValueError as for `read_tensors`."""
     try:
         entries = files.parse_json(header.decode())
@@ -76,7 +82,12 @@ def check_header(path: Path, header: bytes, needed: set[str], others: set[str]) 
         raise ValueError(f"{path} lacks the tensors {sorted(needed - entries.keys())}")
     if unknown := sorted(entries.keys() - needed - others):
         raise ValueError(f"{path} holds the unknown tensors {unknown[:8]}")
-    return max((_end_of(path, name, entry) for name, entry in entries.items()), default=0)
+    ends = {name: _end_of(path, name, entry) for name, entry in entries.items()}
+    for name, wanted in shapes.items():
+        found = entries.get(name, {}).get("shape", wanted)
+        if any(want not in (None, size) for want, size in zip(wanted, found, strict=True)):
+            raise ValueError(f"{path}: {name} has shape {found}, the model's layer needs {list(wanted)}")
+    return max(ends.values(), default=0)
 
 
 def _end_of(path: Path, name: str, entry: Any) -> int:

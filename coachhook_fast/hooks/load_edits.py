@@ -6,10 +6,11 @@ from pathlib import Path
 
 from torch import nn
 
+from coachhook_fast.config import EditConfig
 from coachhook_fast.edits import store
 from coachhook_fast.edits.edit_set import EditSet
-from coachhook_fast.hooks.hooks import DEFAULT, Hooks, hooks_of
-from coachhook_fast.models.architectures import layout_of
+from coachhook_fast.hooks.hooks import DEFAULT, Hooks, checked_layers, hooks_of
+from coachhook_fast.models.architectures import Layout, down_projection_size, layout_of
 from coachhook_fast.models.loading import fingerprint
 
 
@@ -27,22 +28,31 @@ def load_edits(model: nn.Module, folder: str | Path, *, name: str = DEFAULT, che
         ValueError: the folder holds no edit set, or one of another base model; the model has one already (DEFAULT), or
             others that this one does not fit; the model is unchanged then.
     """
-    edit_set = store.load(store.local_folder(folder), updates=False)
-    if check:
-        store.check_base(edit_set, fingerprint(model))
+
+    def accept(made_for: str, config: EditConfig) -> list[tuple[int, int]]:
+        """Before a tensor is read: the base model, and the sizes of the layers that the settings name."""
+        if check:
+            store.check_base(made_for, fingerprint(model))
+        layout = _layout(model, config)
+        layers = checked_layers(model, layout, config.layers or ())
+        return [down_projection_size(layout.down_projection(model, layer)) for layer in layers]
+
+    edit_set = store.load(store.local_folder(folder), updates=False, accept=accept)
     standing = hooks_of(model)
     if standing is not None and (name != DEFAULT or standing.edit_set is None):
         _serve(standing, name, edit_set)
         return model
-    config = edit_set.config
-    layout = layout_of(model, layer_module_tmp=config.layer_module_tmp, rewrite_module_tmp=config.rewrite_module_tmp)
-    hooks = Hooks(model, layout, edit_set.layers, config.gate)
+    hooks = Hooks(model, _layout(model, edit_set.config), edit_set.layers, edit_set.config.gate)
     try:
         _serve(hooks, name, edit_set)
     except BaseException:
         hooks.unload()
         raise
     return model
+
+
+def _layout(model: nn.Module, config: EditConfig) -> Layout:
+    return layout_of(model, layer_module_tmp=config.layer_module_tmp, rewrite_module_tmp=config.rewrite_module_tmp)
 
 
 def _serve(hooks: Hooks, name: str, edit_set: EditSet) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import os
 import random
@@ -22,59 +21,16 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load as from_bytes
-from safetensors.torch import save as to_bytes
+from store_cases import assert_same, change, edit_set, tensors_of, with_tensors
 from tiny import tiny_model, tiny_tokenizer
 
-from coachhook_fast import EditConfig, EditRequest, EditSet, load_edits
+from coachhook_fast import EditSet, load_edits
 from coachhook_fast.edits import store
-from coachhook_fast.edits.delta import LowRankDelta
-from coachhook_fast.edits.edit_set import Batch, EditOutcome, LayerUpdate
 from coachhook_fast.edits.manifest import MANIFEST, read_manifest, version_of
 from coachhook_fast.edits.threshold import Threshold
 from coachhook_fast.models.loading import fingerprint
 
 KILLS = 200
-M, D, LAYERS = 24, 45, (1, 2)
-
-
-def batch_number(number: int) -> Batch:
-    generator = torch.Generator().manual_seed(number)
-
-    def matrix(rows: int) -> torch.Tensor:
-        return torch.randn(rows, 2, generator=generator)
-
-    layers = tuple(LayerUpdate(matrix(D).double(), matrix(M), matrix(D)) for _ in LAYERS)
-    outcomes = tuple(
-        EditOutcome(EditRequest("{} is", f"Ann {number}", "red"), 0.1, 3, (1.0, 2.0), 0.2) for _ in range(2)
-    )
-    return Batch(
-        f"batch{number:04d}", "2025-01-01T00:00:00+00:00", outcomes, 1.5, layers, (Threshold(1.0 + number),) * 2
-    )
-
-
-def edit_set(batches: int, model: str = "0123456789abcdef") -> EditSet:
-    config = EditConfig(layers=LAYERS, mom2_update_weight=10.0)
-    deltas = [LowRankDelta.zeros(M, D) for _ in LAYERS]
-    made = [batch_number(number) for number in range(batches)]
-    for batch in made:
-        deltas = [delta.append(up.residuals, up.directions) for delta, up in zip(deltas, batch.layers, strict=True)]
-    thresholds = made[-1].thresholds if made else (Threshold(float("inf")),) * 2
-    return EditSet(model, config, ("The cat.",), tuple(deltas), tuple(thresholds), tuple(made))
-
-
-def assert_same(found: EditSet, expected: EditSet) -> None:
-    assert (found.model, found.config, found.contexts) == (expected.model, expected.config, expected.contexts)
-    assert [batch.id for batch in found.batches] == [batch.id for batch in expected.batches]
-    for mine, theirs in zip(found.deltas, expected.deltas, strict=True):
-        assert torch.equal(mine.dense(), theirs.dense())
-    for mine, theirs in zip(found.batches, expected.batches, strict=True):
-        assert mine.outcomes == theirs.outcomes
-        for one, other in zip(mine.layers, theirs.layers, strict=True):
-            assert torch.equal(one.keys, other.keys)
-            assert torch.equal(one.residuals, other.residuals)
-
-
 # ------------------------------------------------------------------ kills
 
 
@@ -188,13 +144,6 @@ def test_a_set_for_serving_says_that_it_lacks_the_updates(saved: Path) -> None:
     served = store.load(saved, updates=False)
     with pytest.raises(ValueError, match="loaded for serving"):
         served.edit_keys(0)
-
-
-def change(folder: Path, edit: Any) -> None:
-    path = folder / MANIFEST
-    manifest = json.loads(path.read_text())
-    edit(manifest)
-    path.write_text(json.dumps(manifest))
 
 
 def test_saving_beside_a_model_leaves_its_files_alone(tmp_path: Path) -> None:
@@ -431,21 +380,6 @@ def test_what_is_no_regular_file_of_the_folder_is_refused(saved: Path, tmp_path:
     with victim.open("wb") as file:
         file.truncate(1 << 40)
     assert f"{victim} has {1 << 40} bytes" in message()
-
-
-def with_tensors(folder: Path, kind: str, tensors: dict[str, torch.Tensor] | bytes) -> None:
-    """Exchanges the tensor file of the weights, or of the first batch, and names it in the manifest."""
-    content = tensors if isinstance(tensors, bytes) else to_bytes(tensors)
-    digest = hashlib.sha256(content).hexdigest()
-    entry = {"file": f"{kind}-{digest[:16]}.safetensors", "sha256": digest}
-    (folder / entry["file"]).write_bytes(content)
-    change(folder, lambda m: m.update(weights=entry) if kind == "weights" else m["batches"][0].update(tensors=entry))
-
-
-def tensors_of(folder: Path, kind: str) -> dict[str, torch.Tensor]:
-    manifest = read_manifest(folder)
-    entry = manifest["weights"] if kind == "weights" else manifest["batches"][0]["tensors"]
-    return from_bytes((folder / entry["file"]).read_bytes())
 
 
 def header(text: str, rest: int = 0) -> bytes:
