@@ -13,6 +13,7 @@ PACKAGE = Path(coachhook_fast.__file__).resolve().parent
 ROOMS = (
     "files",
     "limits",
+    "printable",
     "config",
     "request",
     "progress",
@@ -29,7 +30,7 @@ ROOMS = (
     "integrations",
     "cli",
 )
-ALONE = ROOMS[:6]  # import nothing of ours
+ALONE = ROOMS[:7]  # import nothing of ours
 
 
 def sources() -> Iterator[tuple[str, Path]]:

@@ -17,6 +17,7 @@ from typing import NoReturn
 
 from coachhook_fast.cli import bench, edit, evaluate, generate, inspect, log, rollback, stats, verify_edits, verify_vllm
 from coachhook_fast.cli.common import console
+from coachhook_fast.printable import one_line
 
 VERBS = (stats, edit, evaluate, generate, inspect, log, rollback, bench, verify_edits, verify_vllm)
 
@@ -36,7 +37,7 @@ class _Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+        self.exit(2, f"{self.prog}: error: {one_line(message)} (see {self.prog} --help)\n")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -81,10 +82,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of a pipe left; that is its right
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
-        print(f"coachhook {arguments.verb}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"coachhook {arguments.verb}: error: {one_line(error)}", file=sys.stderr)
+        return 2
+    except RecursionError:
+        print(f"coachhook {arguments.verb}: error: its input is nested too deeply", file=sys.stderr)
         return 2
     return 0
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
-    print(f"coachhook: warning: {message}", file=sys.stderr)
+    print(f"coachhook: warning: {one_line(message)}", file=sys.stderr)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from coachhook_fast import files
 from coachhook_fast.limits import MOST_LAYERS, check_bounds
+from coachhook_fast.printable import one_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,14 +34,14 @@ class Report:
 
 def console() -> Console:
     """Where tables go: stdout."""
-    from rich.console import Console
+    from coachhook_fast.cli import terminal
 
-    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else _PIPE_WIDTH, highlight=False)
+    return terminal.console(_PIPE_WIDTH)
 
 
 def note(message: str) -> None:
     """A line for the person who waits."""
-    print(message, file=sys.stderr)
+    print(one_line(message), file=sys.stderr)
 
 
 # -------------------------------------------------------------------- arguments

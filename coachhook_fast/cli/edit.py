@@ -152,6 +152,8 @@ def _report(out: Path, editor: Editor, batches: Sequence[Batch], held: int, skip
         from rich.table import Table
         from rich.text import Text
 
+        from coachhook_fast.cli.terminal import cell
+
         table = Table()
         for head in ("batch", "subject", "new answer"):
             table.add_column(head, overflow="fold")
@@ -160,7 +162,7 @@ def _report(out: Path, editor: Editor, batches: Sequence[Batch], held: int, skip
         for line in edits:
             numbers = [f"{line['loss']:.3f}", str(line["steps"]), f"{min(line['leverage']):.2f}"]
             left = Text(f"{line['residual_left']:.2f}", style="red" if line["residual_left"] > 0.5 else "")
-            table.add_row(line["batch"], Text(line["subject"]), Text(line["target_new"]), *numbers, left)
+            table.add_row(line["batch"], cell(line["subject"]), cell(line["target_new"]), *numbers, left)
         if edits:
             console.print(table)
         rate = f", {seconds / len(edits):.2f} s an edit" if edits else ""

@@ -149,8 +149,8 @@ _HEADS = {
 
 def _show(console: Console, evaluation: Evaluation, details: bool) -> None:
     from rich.table import Table
-    from rich.text import Text
 
+    from coachhook_fast.cli.terminal import cell
     from coachhook_fast.evaluate.result import AVERAGED, format_number
 
     if details:
@@ -163,7 +163,7 @@ def _show(console: Console, evaluation: Evaluation, details: bool) -> None:
         for record in evaluation.records:
             values = [getattr(record, name) for name in shown]
             cells = [value if isinstance(value, str) else format_number(value) for value in values]
-            table.add_row(Text(record.subject), *map(Text, cells))
+            table.add_row(*map(cell, [record.subject, *cells]))
         console.print(table)
     summary = Table(title=f"{len(evaluation.records)} edits", title_justify="left")
     summary.add_column("metric")

@@ -50,12 +50,15 @@ def _title(data: dict[str, Any]) -> str:
 
 def _show_batches(console: Console, data: dict[str, Any]) -> None:
     from rich.table import Table
-    from rich.text import Text
+
+    from coachhook_fast.cli.terminal import cell
 
     table = Table("batch", "time", "edits", "seconds", "subjects", title=_title(data), title_justify="left")
     for batch in data["batches"]:
-        subjects = Text(", ".join(edit["subject"] for edit in batch["edits"]))
-        table.add_row(batch["id"], batch["time"], str(len(batch["edits"])), f"{batch['seconds']:.1f}", subjects)
+        subjects = cell(", ".join(edit["subject"] for edit in batch["edits"]))
+        table.add_row(
+            cell(batch["id"]), cell(batch["time"]), str(len(batch["edits"])), f"{batch['seconds']:.1f}", subjects
+        )
     console.print(table)
 
 
@@ -63,10 +66,12 @@ def _show_facts(console: Console, data: dict[str, Any]) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from coachhook_fast.cli.terminal import cell
+
     table = Table("batch", "fact", "residual left", title=_title(data), title_justify="left")
     for batch in data["batches"]:
         for edit in batch["edits"]:
             prompt = edit["prompt"].replace("{}", edit["subject"])
-            fact = Text.assemble(prompt, " → ", (edit["target_new"], "bold"))
-            table.add_row(batch["id"], fact, f"{edit['residual_left']:.2f}")
+            fact = Text.assemble(cell(prompt), " → ", cell(edit["target_new"], "bold"))
+            table.add_row(cell(batch["id"]), fact, f"{edit['residual_left']:.2f}")
     console.print(table)
