@@ -91,6 +91,8 @@ class EditSet:
         deltas, thresholds: one a layer of `config.layers`.
         batches: the ledger, oldest first.
         statistics: run of the key statistics that the latest batch was made with, "" where it has no name.
+        seen: ids of the batches in a folder when one of this set's line was last read from it or written to it; one
+            mapping for all sets that are made from another by `replace`.
     """
 
     model: str
@@ -100,6 +102,7 @@ class EditSet:
     thresholds: tuple[Threshold, ...]
     batches: tuple[Batch, ...] = ()
     statistics: str = ""
+    seen: dict[str, tuple[str, ...]] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def layers(self) -> tuple[int, ...]:

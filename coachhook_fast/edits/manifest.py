@@ -40,7 +40,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.exists():
         raise ValueError(f"folder {str(folder)!r} holds no edit set: it has no {MANIFEST}")
-    text = files.read_text(path, most=files.MOST_JSON, within=folder)
+    text = _text(path)
     try:
         manifest = files.parse_json(text)
     except ValueError as error:
@@ -54,6 +54,19 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
         raise ValueError(f"{path} is not as an edit set is written: {type(error).__name__}: {error}") from error
     return manifest
+
+
+def committed_batches(folder: Path) -> tuple[str, ...]:
+    """Ids of the batches that a manifest names, without a look at the rest; ValueError where it is none."""
+    path = folder / MANIFEST
+    try:
+        return tuple(str(line["id"]) for line in files.parse_json(_text(path))["batches"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} cannot be read, so nothing is saved over it: {error}") from error
+
+
+def _text(path: Path) -> str:
+    return files.read_text(path, most=files.MOST_JSON, within=path.parent)
 
 
 def _check(manifest: Mapping[str, Any]) -> None:

@@ -7,8 +7,9 @@
 
 Tensor files are written and synced first, under names of their own; renaming `edit_set.json` over its predecessor is
 the commit. A kill at any moment leaves the last committed version whole; files that no version names are swept later.
-Writers take turns by a lock on `.lock`, which the system releases when a process dies; of two that write, the later
-one's edit set is what stands there. Readers take no lock: one whose files are swept meanwhile reads the new version.
+Writers take turns by a lock (edits/lock.py), and one that does not go on from the committed version is refused: of
+two that write, none loses what the other was told is saved. Readers take no lock: one whose files are swept meanwhile
+reads the new version.
 """
 
 from __future__ import annotations
@@ -26,11 +27,13 @@ from coachhook_fast.config import EditConfig
 from coachhook_fast.edits.check import check_deltas, check_updates
 from coachhook_fast.edits.delta import LowRankDelta
 from coachhook_fast.edits.edit_set import Batch, EditSet, LayerUpdate
+from coachhook_fast.edits.lock import holder, locked
 from coachhook_fast.edits.manifest import (  # fmt: skip
     FORMAT,
     MANIFEST,
     alpha_of,
     batch_line,
+    committed_batches,
     outcomes_in,
     read_manifest,
     thresholds_line,
@@ -39,7 +42,6 @@ from coachhook_fast.edits.manifest import (  # fmt: skip
 )
 from coachhook_fast.edits.tensors import read_tensors, write_tensors
 
-LOCK = ".lock"
 Accept = Callable[[str, EditConfig], Sequence[tuple[int, int]]]
 _UPDATE = ("keys", "residuals", "directions")  # tensors of a layer's update
 _SPREAD = "spread"  # a fourth, under threshold_whitened
@@ -49,15 +51,27 @@ _OURS = re.compile(
 )
 
 
-def save(edit_set: EditSet, folder: Path) -> None:
+class ConflictError(ValueError):
+    """A folder holds an edit set that the one to be saved does not go on from."""
+
+
+def save(edit_set: EditSet, folder: Path, *, overwrite: bool = False) -> None:
     """Writes `edit_set` into `folder`; files of batches that stand there already are kept as they are.
 
+    Args:
+        overwrite: also over an edit set that this one does not go on from.
+
     Raises:
-        ValueError: it was loaded for serving, without its batches' updates.
+        ConflictError: `folder` holds batches that are neither this set's first ones nor all that it held when this
+            set, or one that it was made from, was last read from there or written there.
+        ValueError: it was loaded for serving, without its batches' updates; or holds what `load` would not take.
     """
     edit_set.check_updates()
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
+    with locked(folder):
+        ours = tuple(batch.id for batch in edit_set.batches)
+        if not overwrite:
+            _check_follows(edit_set, ours, folder)
         weights = {
             f"{position}.{name}": tensor
             for position, delta in enumerate(edit_set.deltas)
@@ -79,7 +93,24 @@ def save(edit_set: EditSet, folder: Path) -> None:
         }
         files.write_synced(folder / MANIFEST, to_json(manifest))
         files.sync_folder(folder)
+        edit_set.seen[_place(folder)] = ours
         _sweep(folder, manifest)
+
+
+def _check_follows(edit_set: EditSet, ours: tuple[str, ...], folder: Path) -> None:
+    if not (folder / MANIFEST).exists():
+        return
+    committed = committed_batches(folder)
+    if committed == edit_set.seen.get(_place(folder)) or ours[: len(committed)] == committed:
+        return
+    raise ConflictError(
+        f"{folder} holds another edit set by now, of {len(committed)} batches up to {committed[-1]!r}, written by "
+        f"{holder(folder)}: go on from that one (--edits, Editor(edits=...)), or save into another folder"
+    )
+
+
+def _place(folder: Path) -> str:
+    return str(folder.resolve())
 
 
 def load(folder: Path, *, updates: bool = True, accept: Accept | None = None) -> EditSet:
@@ -111,6 +142,7 @@ def _edit_set_of(folder: Path, manifest: Mapping[str, Any], *, updates: bool, ac
         thresholds=thresholds_of(manifest["thresholds"], layers),
         batches=tuple(_read_batch(folder, line, layers, updates=updates) for line in manifest["batches"]),
         statistics=str(manifest.get("statistics", "")),
+        seen={_place(folder): tuple(line["id"] for line in manifest["batches"])},
     )
     if updates:
         with _named(folder):
@@ -300,19 +332,6 @@ def _named(folder: Path) -> Iterator[None]:
 
 
 # -------------------------------------------------------------------- files
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One writer at a time; systems without flock go without."""
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
-    with open(files.open_own(folder / LOCK), "r+b") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _sweep(folder: Path, manifest: Mapping[str, Any]) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from cli_cases import QUICK, edits, facts, fails, model, out, run_json
 from tiny import tiny_facts, tiny_model, tiny_tokenizer
 
 from coachhook_fast.cli import main
+from coachhook_fast.edits.edit_set import without
+from coachhook_fast.edits.threshold import Threshold
 
 
 def test_argument_errors_are_one_line(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -215,3 +218,34 @@ def test_settings_nested_too_deeply(home: Path, capsys: pytest.CaptureFixture[st
     arguments = ["edit", *model(home), *facts(home), *out(home, "never")]
     assert "nested too deeply" in fails(capsys, *arguments, "--config", str(tmp_path / "deep.yaml"))
     assert "nested too deeply" in fails(capsys, *arguments, "--set", "layers=" + "[" * 5000)
+
+
+def test_a_folder_that_another_run_filled_meanwhile(
+    home: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """New --out, and --edits that another run went on from: refused, with what that run saved left as it is."""
+    from coachhook_fast.editing.editor import Editor
+    from coachhook_fast.edits import store
+
+    edit = Editor.edit
+    folder = tmp_path / "edits"
+
+    def slow(self: Editor, *arguments: Any, **options: Any) -> Any:
+        batch = edit(self, *arguments, **options)
+        store.save(other, folder)  # another run is quicker
+        return batch
+
+    monkeypatch.setattr(Editor, "edit", slow)
+    other = store.load(home / "edits")
+    arguments = ["edit", *model(home), *facts(home), "--batch-size", "1"]
+    latest = other.batches[-1].id
+    line = fails(capsys, *arguments, *QUICK, "--limit", "1", "--out", str(folder))
+    assert f"{folder} holds another edit set by now, of 2 batches up to {latest!r}, written by process" in line
+    assert [batch.id for batch in store.load(folder).batches] == [batch.id for batch in other.batches]
+    other = replace(other, batches=(*other.batches, replace(other.batches[0], id="third")))
+    other = without(other, other.batches[0].id, lambda *_: Threshold(1.0))
+    shutil.rmtree(folder)
+    shutil.copytree(home / "edits", folder)
+    other.seen[str(folder.resolve())] = tuple(batch.id for batch in store.load(folder).batches)
+    assert "up to 'third'" in fails(capsys, *arguments, "--edits", str(folder))
+    assert [batch.id for batch in store.load(folder).batches] == [batch.id for batch in other.batches]

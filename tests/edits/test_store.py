@@ -21,11 +21,13 @@ from typing import Any
 
 import pytest
 import torch
-from store_cases import assert_same, change, edit_set, tensors_of, with_tensors
+from store_cases import assert_same, batch_number, change, edit_set, tensors_of, with_tensors
 from tiny import tiny_model, tiny_tokenizer
 
 from coachhook_fast import EditSet, load_edits
-from coachhook_fast.edits import store
+from coachhook_fast.edits import lock, store
+from coachhook_fast.edits.edit_set import without
+from coachhook_fast.edits.lock import LOCK
 from coachhook_fast.edits.manifest import MANIFEST, read_manifest, version_of
 from coachhook_fast.edits.threshold import Threshold
 from coachhook_fast.models.loading import fingerprint
@@ -42,7 +44,7 @@ def test_a_kill_loses_nothing_acknowledged(tmp_path: Path, capsys: pytest.Captur
     sets = [edit_set(batches) for batches in range(9)]
     started = time.monotonic()
     for _ in range(5):
-        store.save(sets[1], folder)
+        store.save(sets[1], folder)  # it goes on from itself
     usual = (time.monotonic() - started) / 5
     rng = random.Random(0)
     last = 1
@@ -70,9 +72,9 @@ def test_a_kill_loses_nothing_acknowledged(tmp_path: Path, capsys: pytest.Captur
         within += len(found.batches) != acknowledged or bool(list(folder.glob("*.tmp")))
         assert_same(found, sets[len(found.batches)])
         last = len(found.batches)
-    store.save(sets[3], folder)
+    store.save(sets[3], folder, overwrite=True)
     assert_same(store.load(folder), sets[3])
-    left = [path.suffix for path in folder.iterdir() if path.name != store.LOCK]
+    left = [path.suffix for path in folder.iterdir() if path.name != LOCK]
     assert sorted(left) == [".json", *[".safetensors"] * 4]  # weights and three batches: all leftovers are swept
     with capsys.disabled():
         print(f"\n  kill test: {KILLS} kills, {within} seen within a save, nothing acknowledged lost")
@@ -83,7 +85,7 @@ def _write(sets: list[EditSet], folder: Path, last: int, acknowledge: Any) -> No
     acknowledge.send(last)
     while True:
         last = last % 8 + 1
-        store.save(sets[last], folder)
+        store.save(sets[last], folder, overwrite=True)
         acknowledge.send(last)
 
 
@@ -93,7 +95,7 @@ def _write(sets: list[EditSet], folder: Path, last: int, acknowledge: Any) -> No
 def _save_often(folder: Path, seed: int) -> None:
     torch.set_num_threads(1)  # a forked process has none of its parent's OpenMP threads and would wait for them
     for number in range(12):
-        store.save(edit_set(1 + (number + seed) % 5), folder)
+        store.save(edit_set(1 + (number + seed) % 5), folder, overwrite=True)
 
 
 def test_writers_take_turns_and_readers_see_whole_versions(tmp_path: Path) -> None:
@@ -119,7 +121,7 @@ def test_a_dead_writers_lock_holds_nobody_up(tmp_path: Path) -> None:
     folder = tmp_path / "edits"
     store.save(edit_set(1), folder)
     code = (
-        f"import fcntl; file = open({str(folder / store.LOCK)!r}, 'w'); fcntl.flock(file, fcntl.LOCK_EX); "
+        f"import fcntl; file = open({str(folder / LOCK)!r}, 'w'); fcntl.flock(file, fcntl.LOCK_EX); "
         "print(1, flush=True); input()"
     )
     holder = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
@@ -129,6 +131,90 @@ def test_a_dead_writers_lock_holds_nobody_up(tmp_path: Path) -> None:
     holder.wait()
     store.save(edit_set(2), folder)
     assert len(store.load(folder).batches) == 2
+
+
+def _add_batches(folder: Path, name: str, acknowledged: Any) -> None:
+    """Adds batches as a careful writer does: where another was first, it goes on from that one's set."""
+    torch.set_num_threads(1)
+    mine = store.load(folder)
+    for number in range(8):
+        while True:
+            batch = replace(batch_number(number), id=f"{name}{number}")
+            deltas = [
+                delta.append(up.residuals, up.directions) for delta, up in zip(mine.deltas, batch.layers, strict=True)
+            ]
+            longer = replace(mine, deltas=tuple(deltas), batches=(*mine.batches, batch))
+            try:
+                store.save(longer, folder)
+            except store.ConflictError:
+                mine = store.load(folder)
+            else:
+                acknowledged.put(batch.id)
+                mine = longer
+                break
+
+
+def test_two_writers_lose_nothing_that_either_acknowledged(tmp_path: Path) -> None:
+    folder = tmp_path / "edits"
+    store.save(edit_set(1), folder)
+    context = get_context("fork")
+    acknowledged = context.SimpleQueue()
+    writers = [context.Process(target=_add_batches, args=(folder, name, acknowledged)) for name in "abc"]
+    for writer in writers:
+        writer.start()
+    told = [acknowledged.get() for _ in range(24)]
+    for writer in writers:
+        writer.join()
+        assert writer.exitcode == 0
+    found = [batch.id for batch in store.load(folder).batches]  # which checks that updates and weights agree
+    assert found == ["batch0000", *found[1:]]
+    assert sorted(found[1:]) == sorted(told)
+
+
+def test_a_writer_whose_base_is_gone_is_refused(tmp_path: Path) -> None:
+    """It says whose version stands there; what stands there, stays."""
+    folder = tmp_path / "edits"
+    store.save(edit_set(2), folder)
+    first, second = store.load(folder), store.load(folder)
+    shorter = without(first, "batch0000", lambda *_: Threshold(1.0))
+    longer = replace(second, deltas=edit_set(3).deltas, batches=edit_set(3).batches)
+    store.save(longer, folder)
+    with pytest.raises(store.ConflictError) as caught:  # its two batches less one would lose the third
+        store.save(shorter, folder)
+    assert "of 3 batches up to 'batch0002'" in str(caught.value)
+    assert f"process {os.getpid()} on" in str(caught.value)
+    assert_same(store.load(folder), longer)
+    store.save(longer, folder)  # the one that wrote last goes on
+    rest = without(longer, "batch0002", lambda *_: Threshold(1.0))
+    store.save(rest, folder)
+    assert len(store.load(folder).batches) == 2
+    store.save(shorter, folder, overwrite=True)
+    assert [batch.id for batch in store.load(folder).batches] == ["batch0001"]
+
+
+def test_a_set_made_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
+    mine = edit_set(2)
+    other = replace(edit_set(1), batches=(replace(batch_number(0), id="other"),))
+    store.save(other, tmp_path)
+    with pytest.raises(store.ConflictError, match="of 1 batches up to 'other'"):
+        store.save(mine, tmp_path)
+    assert [batch.id for batch in store.load(tmp_path).batches] == ["other"]
+    (tmp_path / MANIFEST).write_text("{")
+    with pytest.raises(ValueError, match="nothing is saved over it"):
+        store.save(mine, tmp_path)
+    assert (tmp_path / MANIFEST).read_text() == "{"
+
+
+def test_whoever_holds_the_lock_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "PATIENCE", 0.1)
+    folder = tmp_path / "edits"
+    folder.mkdir()
+    with lock.locked(folder), pytest.raises(ValueError, match=f"held for 0.1 s by process {os.getpid()} on"):
+        store.save(edit_set(1), folder)
+    store.save(edit_set(1), folder)
+    for said in (b"", b"[]", b"\xff", b'{"process": "x"}', b"x" * 10_000):
+        (folder / LOCK).write_bytes(said)
+        assert lock.holder(folder) == "a process that does not say which"
 
 
 # ------------------------------------------------------------------ damage and strangers
@@ -345,15 +431,15 @@ def test_no_other_file_is_written_through_the_folder(tmp_path: Path) -> None:
     folder = tmp_path / "edits"
     folder.mkdir()
     for path in (tmp_path / "known").iterdir():
-        if path.name != store.LOCK:
+        if path.name != LOCK:
             (folder / path.name).symlink_to(victim)
     (folder / MANIFEST).unlink()
     (folder / f"{MANIFEST}.{os.getpid()}.tmp").symlink_to(victim)
     store.save(edit_set(2), folder)
     assert_same(store.load(folder), edit_set(2))
     assert not [path for path in folder.iterdir() if path.is_symlink()]
-    (folder / store.LOCK).unlink()
-    (folder / store.LOCK).symlink_to(victim)
+    (folder / LOCK).unlink()
+    (folder / LOCK).symlink_to(victim)
     with pytest.raises(ValueError, match=r"\.lock is a link"):
         store.save(edit_set(2), folder)
     assert victim.read_bytes() == b"precious"
