@@ -66,7 +66,11 @@ def opened(path: Path, *, most: int, within: Path | None = None) -> Iterator[Bin
 def read_bytes(path: Path, *, most: int, within: Path | None = None) -> bytes:
     """What the file holds; see `opened`."""
     with opened(path, most=most, within=within) as file:
-        return _all_of(file, path, most)
+        size = os.fstat(file.fileno()).st_size  # as much is set aside, not the most that is allowed
+        content = file.read(size + 1)
+    if len(content) != size:
+        raise ValueError(f"{path} changed from {size} bytes while it was read")
+    return content
 
 
 def read_text(path: Path, *, most: int, within: Path | None = None) -> str:
@@ -138,13 +142,6 @@ def _check_regular(found: os.stat_result, path: Path, most: int) -> None:
         raise ValueError(f"{path} is {_KINDS.get(stat.S_IFMT(found.st_mode), 'no regular file')}, not a regular file")
     if found.st_size > most:
         raise ValueError(f"{path} has {found.st_size} bytes, at most {most} are read")
-
-
-def _all_of(file: BinaryIO, path: Path, most: int) -> bytes:
-    content = file.read(most + 1)
-    if len(content) > most:  # it grew
-        raise ValueError(f"{path} has more than {most} bytes, at most so many are read")
-    return content
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -85,7 +85,7 @@ def run(arguments: argparse.Namespace) -> Report:
         batch_tokens=batch_tokens,
         progress=True,
     )
-    base.save(path)  # with the base's perplexity
+    _keep(base, path, arguments)  # with the base's perplexity
     if arguments.tasks:
         evaluation.tasks = run_tasks(model, tokenizer, arguments.tasks)
     if arguments.csv is not None:
@@ -114,11 +114,12 @@ def _base_answers(
     """The base model's answers, from their file or computed, and the file."""
     from coachhook_fast.evaluate import BaseAnswers
     from coachhook_fast.evaluate.base import model_key, records_hash
+    from coachhook_fast.models.caches import is_there
     from coachhook_fast.models.loading import cache_dir
 
     name = f"{model_key(model)}-{records_hash(records)}.json"
     path = arguments.base or cache_dir() / "base-answers" / name
-    if path.is_file():
+    if is_there(path):
         try:
             return BaseAnswers.load(path), path
         except ValueError as error:
@@ -126,8 +127,19 @@ def _base_answers(
                 raise
             common.note(f"{error}: they are computed anew")
     base = BaseAnswers.collect(model, tokenizer, records, batch_tokens=batch_tokens, progress=True)
-    base.save(path)
+    _keep(base, path, arguments)
     return base, path
+
+
+def _keep(base: BaseAnswers, path: Path, arguments: argparse.Namespace) -> None:
+    """In the file that was asked for, or in the cache if that can be."""
+    from coachhook_fast.models.caches import if_possible
+
+    if arguments.base is not None:
+        base.save(path)
+    else:
+        with if_possible():
+            base.save(path)
 
 
 # Narrow heads, so that all metrics stand side by side.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -57,7 +58,10 @@ def read_tensors(
                 raise ValueError(f"{path} is no safetensors file: its header has {length} bytes")
             header = file.read(length)
             size = check_header(path, header, needed, others, shapes or {})
-            content = b"".join((start, header, file.read(size + 1)))
+            left = os.fstat(file.fileno()).st_size - 8 - length
+            if size != left:
+                raise ValueError(f"{path} is no safetensors file: its header tells of {size} bytes, it has {left}")
+            content = b"".join((start, header, file.read(size)))
     except FileNotFoundError:
         raise ValueError(f"edit set is incomplete: {path} is missing") from None
     digest = hashlib.sha256(content).hexdigest()

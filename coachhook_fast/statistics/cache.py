@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from coachhook_fast.config import EditConfig
+from coachhook_fast.models.caches import if_possible, is_there
 from coachhook_fast.models.distributed import everywhere
 from coachhook_fast.models.loading import cache_dir, context_length
 from coachhook_fast.models.passes.forward import PartialModel
@@ -103,7 +104,8 @@ def model_statistics(
         progress=progress,
     )
     statistics = replace(statistics, run=run, text=joined(cut_documents(text, config.hard_negative_tokens)))
-    statistics.save(_path(run))
+    with if_possible():
+        statistics.save(_path(run))
     return statistics
 
 
@@ -112,10 +114,13 @@ def _path(run: str) -> Path:
 
 
 def _cached(run: str) -> KeyStatistics | None:
-    if not _path(run).is_file():
+    if not is_there(_path(run)):
         return None
     try:
-        return KeyStatistics.load(_path(run))
+        held = KeyStatistics.load(_path(run))
+        if not held.is_finite():
+            raise ValueError(f"{_path(run)} holds statistics that are not finite")
+        return held
     except ValueError as error:  # a disk that was full, or a copy that was cut off
         warnings.warn(f"{error}; the statistics are collected anew", stacklevel=3)
         return None

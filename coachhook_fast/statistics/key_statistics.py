@@ -24,6 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from coachhook_fast.models.caches import if_possible, is_there
 from coachhook_fast.models.distributed import workers
 from coachhook_fast.models.passes.forward import PartialModel, frozen
 from coachhook_fast.models.passes.products import linear
@@ -67,6 +68,11 @@ class KeyStatistics:
             if tuple(self.moments[layer].shape) != (key_dim, key_dim):
                 shape = tuple(self.moments[layer].shape)
                 raise ValueError(f"statistics of layer {layer} are {shape}, expected {(key_dim, key_dim)}")
+
+    def is_finite(self) -> bool:
+        """Whether no number is NaN or infinite: a sum with one is none."""
+        tensors = [*self.moments.values(), *self.samples.values()]
+        return all(bool(torch.isfinite(tensor.sum(dtype=torch.float64))) for tensor in tensors)
 
     def save(self, path: Path) -> None:
         tensors = {f"moment.{layer}": moment.contiguous() for layer, moment in self.moments.items()}
@@ -205,7 +211,7 @@ class KeyAccumulator:
 
     def restore(self, path: Path, run: str, device: torch.device) -> int:
         """Continues from a checkpoint of the same run; the number of batches it holds, 0 where there is none."""
-        if not path.is_file():
+        if not is_there(path):
             return 0
         try:
             tensors, metadata = _load(path)
@@ -282,7 +288,8 @@ def collect(
                     break
                 accumulator.add(keys, batch)
                 if checkpoint is not None and time.monotonic() - saved > checkpoint_seconds:
-                    accumulator.save(checkpoint, batch + 1, run)
+                    with if_possible():
+                        accumulator.save(checkpoint, batch + 1, run)
                     saved = time.monotonic()
             if batch >= done:
                 bar.advance(sum(len(ids) for ids, _ in chunk))
@@ -290,8 +297,9 @@ def collect(
     if accumulator.tokens == 0 and world == 1:
         raise ValueError("documents are empty: no keys to take statistics of")
     accumulator.merge_ranks(world)
-    if checkpoint is not None:
-        checkpoint.unlink(missing_ok=True)
+    if checkpoint is not None and is_there(checkpoint):
+        with if_possible():
+            checkpoint.unlink(missing_ok=True)
     return accumulator.finish(model_id)
 
 

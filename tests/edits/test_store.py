@@ -488,6 +488,9 @@ def header(text: str, rest: int = 0) -> bytes:
         (header('{"0.B": {"dtype": "F32", "shape": [-1, 2], "data_offsets": [0, 8]}, "1.B": 1}'), "shape"),
         (header('{"0.B": {"dtype": "F32", "shape": [1, 2], "data_offsets": [0, 8]}, '
                 '"1.B": {"dtype": "F32", "shape": [1, 2], "data_offsets": [4, 12]}}', 12), "no safetensors file"),
+        (header('{"0.B": {"dtype": "F32", "shape": [1, 2], "data_offsets": [0, 8]}, '
+                '"1.B": {"dtype": "F64", "shape": [1000000, 1000000], "data_offsets": [8, 8000000000008]}}', 8),
+         "tells of 8000000000008 bytes, it has 8"),
     ],
     ids=lambda value: "",
 )  # fmt: skip

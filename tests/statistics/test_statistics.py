@@ -12,6 +12,7 @@ from torch import Tensor
 
 from coachhook_fast.models.architectures import layout_of
 from coachhook_fast.models.passes.forward import PartialModel
+from coachhook_fast.statistics.cache import _cached
 from coachhook_fast.statistics.corpus import begin_tokens, pack_rows, read_documents, sample_documents, sequences_of
 from coachhook_fast.statistics.key_statistics import KeyAccumulator, KeyStatistics, collect
 
@@ -202,3 +203,19 @@ def test_keys_that_are_not_finite_are_refused() -> None:
         model.model.layers[1].mlp.up_proj.weight[3] = torch.inf
     with pytest.raises(ValueError, match="layer 1 gives keys that are not finite"):
         collect(PartialModel(model, layout_of(model)), documents(), LAYERS, model_id="x", progress=False)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("kind", ["moments", "samples"])
+def test_cached_statistics_that_are_not_finite_are_collected_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float, kind: str
+) -> None:
+    monkeypatch.setenv("COACHHOOK_CACHE", str(tmp_path))
+    statistics = KeyStatistics({1: torch.eye(4, dtype=torch.float64)}, {1: torch.zeros(2, 4)}, 8, "model", "run")
+    path = tmp_path / "statistics" / "run.safetensors"
+    statistics.save(path)
+    assert _cached("run") is not None
+    getattr(statistics, kind)[1][1, 2] = value
+    statistics.save(path)
+    with pytest.warns(UserWarning, match="not finite; the statistics are collected anew"):
+        assert _cached("run") is None
