@@ -121,7 +121,12 @@ def load_records(arguments: argparse.Namespace) -> tuple[list[EditRecord], list[
 
     files.check_readable(arguments.facts, most=files.MOST_FACTS)
     skipped: list[str] = []
-    records = read_records(arguments.facts, limit=arguments.limit, skipped=skipped if arguments.skip_invalid else None)
+    try:
+        records = read_records(
+            arguments.facts, limit=arguments.limit, skipped=skipped if arguments.skip_invalid else None
+        )
+    except RecursionError:
+        raise ValueError(f"{arguments.facts} is nested too deeply") from None
     if skipped:
         note(f"left out {len(skipped)} facts that are no valid edit, the first: {skipped[0]}")
     if not records:
@@ -167,8 +172,8 @@ def _layers(text: str) -> tuple[int, ...]:
     layers: list[int] = []
     try:
         for part in names(text):
-            first, _, last = part.partition("-")
-            start, end = int(first), int(last or first)
+            first, dash, last = part.partition("-")
+            start, end = int(first), int(last if dash else first)
             if end >= MOST_LAYERS:
                 raise ValueError
             layers += range(start, end + 1)

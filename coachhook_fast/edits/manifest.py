@@ -112,6 +112,8 @@ def _check(manifest: Mapping[str, Any]) -> None:
 
 
 def _check_file(entry: Mapping[str, Any], kind: str) -> None:
+    if set(entry) != {"file", "sha256"}:
+        raise ValueError(f"a tensor file is named by {entry!r}")
     name, digest = entry["file"], entry["sha256"]
     if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
         raise ValueError(f"a tensor file has sha256 {digest!r}")
@@ -163,6 +165,10 @@ def batch_line(batch: Batch, parent: str | None, tensors: Mapping[str, str]) -> 
 
 def outcomes_in(line: Mapping[str, Any]) -> tuple[EditOutcome, ...]:
     """The outcomes in a ledger line; earlier versions called the leverage strength."""
+    known = {*EditOutcome.__dataclass_fields__, "strength"}
+    for outcome in line["outcomes"]:
+        if unknown := sorted(set(outcome) - known):
+            raise ValueError(f"an outcome in the ledger has unknown fields {unknown}")
     return tuple(
         EditOutcome(
             request=_request_of(outcome["request"]),
