@@ -49,6 +49,10 @@ PAPER: dict[str, Any] = {
     "clamp_norm_factor": 0.75,
     "context_seeds": ("The", "Therefore", "Because", "I", "You"),
     "subject_templates": (),
+    "keep_factor": 0.0,
+    "found_paraphrases": 0,
+    "found_keep": 0,
+    "specific": False,
     "round_robin": 1,
     "other_layers_weight": 1.0,
     "hard_negatives": 0,
@@ -66,6 +70,10 @@ _ROUND_ROBIN: dict[str, Any] = {
     "threshold_relative": True,
     "threshold_whitened": True,
 }
+
+# Edits that change one fact and leave the rest of their subject alone: `EditConfig(**SPECIFIC)`. Not yet the defaults:
+# docs/experiments/specificity.md says what is measured and what is not.
+SPECIFIC: dict[str, Any] = {"specific": True, "subject_templates": (), "found_paraphrases": 2, "found_keep": 12}
 
 # Settings that are None in a config until the model is known.
 ROUND_ROBIN_SETTINGS = ("round_robin", *_ROUND_ROBIN)
@@ -104,6 +112,12 @@ class EditConfig:
         v_loss_threshold: a request whose loss is below it stops.
         clamp_norm_factor: bound on ||δ|| / ||v0||.
         kl_factor: weight of KL(p0 || pδ) at the subject's last token of "{subject} is a".
+        keep_factor: weight of KL(p0 || pδ) at the end of the prompts to keep, those of a request and those that are
+            found, mean over them.
+        found_paraphrases: a request with fewer paraphrases of its own gets so many from those that are known of its
+            question (editing/targets/wordings.py); found_keep: prompts to keep that are found for every request.
+        specific: target values by normalised descent instead of Adam, with further steps for targets that are not said,
+            in later blocks (`later_layers`); see SPECIFIC.
         continuation_factor: weight of KL(p0 || pδ) at the target's last token after the bare prompt: the text goes on
             as it would have instead of repeating the target. It costs reliability where targets are long
             (docs/notes/drift.md), so it is off, as in the paper.
@@ -150,6 +164,10 @@ class EditConfig:
     v_loss_threshold: float = 0.02
     clamp_norm_factor: float = 3.0
     kl_factor: float = 0.0625
+    keep_factor: float = 6.0
+    found_paraphrases: int = 0
+    found_keep: int = 0
+    specific: bool = False
     continuation_factor: float = 0.0
     mom2_update_weight: float | None = None
     mom2_n_tokens: int | None = None
@@ -185,8 +203,10 @@ class EditConfig:
                 raise ValueError(f"layers must be ascending without repeats, got {self.layers}")
         for name in ("clamp_norm_factor", "alpha", "threshold_edit_share", "threshold_z", "threshold_fpr"):
             _check_number(name, getattr(self, name), above=0.0)
-        for name in ("v_weight_decay", "v_loss_threshold", "kl_factor", "continuation_factor"):
+        for name in ("v_weight_decay", "v_loss_threshold", "kl_factor", "keep_factor", "continuation_factor"):
             _check_number(name, getattr(self, name), least=0.0)
+        for name in ("found_paraphrases", "found_keep"):
+            _check_number(name, getattr(self, name), least=0, integer=True)
         _check_number("v_num_grad_steps", self.v_num_grad_steps, least=1, integer=True)
         if self.max_batch_tokens is not None:
             _check_number("max_batch_tokens", self.max_batch_tokens, least=1, integer=True)
@@ -198,6 +218,8 @@ class EditConfig:
                 raise ValueError(
                     f"round_robin must be at most the number of layers {self.layers}, got {self.round_robin}"
                 )
+        if not isinstance(self.specific, bool):
+            raise TypeError(f"specific must be true or false, got {self.specific!r}")
         for name in ("threshold_relative", "threshold_whitened"):
             if not isinstance(getattr(self, name), (bool, type(None))):
                 raise TypeError(f"{name} must be true, false or null, got {getattr(self, name)!r}")
@@ -266,7 +288,8 @@ class EditConfig:
         )
         layers = self.layers
         if layers is None:
-            layers = round_robin_layers(num_layers, key_dim) if in_turn else default_layers(num_layers)
+            several = later_layers if self.specific else round_robin_layers
+            layers = several(num_layers, key_dim) if in_turn else default_layers(num_layers)
         groups = self.round_robin or (len(layers) if in_turn else 1)
         steps = _ROUND_ROBIN if groups > 1 else {name: PAPER[name] for name in _ROUND_ROBIN}
         given = {name: getattr(self, name) for name in steps}
@@ -345,6 +368,19 @@ def round_robin_layers(num_layers: int, key_dim: int) -> tuple[int, ...]:
     first = min(own[0], max(1, own[0] - more // 2))
     last = max(own[-1], min(num_layers // 3, own[-1] + more - more // 2))
     return tuple(range(first, last + 1))
+
+
+def later_layers(num_layers: int, key_dim: int) -> tuple[int, ...]:
+    """Edited blocks in round-robin where none are named and edits are `specific`: as many as have `_SUMMED_WIDTH` key
+    coordinates together, five at least, about three eighths of the depth.
+
+    The fewer edits a layer holds, and the wider its keys, the further they stand from ordinary text. Behind the blocks
+    of `default_layers` a subject's state says more of what is asked about it: δ leaves the rest of the subject alone at
+    less cost (docs/experiments/specificity.md). Gives 7-15 of 30 (SmolLM2).
+    """
+    count = min(max(1, num_layers - 2), max(5, -(-_SUMMED_WIDTH // key_dim)), max(2, num_layers // 3))
+    first = max(min(1, max(0, num_layers - 1 - count)), round(0.37 * num_layers) - count // 2)
+    return tuple(range(first, min(num_layers, first + count)))
 
 
 def default_layers(num_layers: int) -> tuple[int, ...]:

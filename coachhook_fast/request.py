@@ -6,7 +6,7 @@ reads: one row per context (the bare prompt last) with prompt, target and lookup
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,11 +22,13 @@ class EditRequest:
         subject: the entity that the fact is about; its last token is the lookup position.
         target_new: the wished continuation; a leading space is added where it has none.
         ground_truth: the old continuation, for metrics only.
+        paraphrases: other wordings of the question, written as `prompt` is, that must give `target_new` too.
+        keep: texts about the subject, written as `prompt` is, whose continuation must stay as it was.
         case_id: the record's id in its data set, for reports only.
 
     Raises:
-        TypeError: a text field is not a string.
-        ValueError: a text field is empty, or the subject does not stand in the prompt.
+        TypeError: a text field is not a string, or paraphrases or keep is no list of strings.
+        ValueError: a text field is empty, the subject does not stand in a prompt, or a prompt is to change and to keep.
     """
 
     prompt: str
@@ -34,6 +36,8 @@ class EditRequest:
     target_new: str
     ground_truth: str | None = None
     case_id: int | str | None = None
+    paraphrases: tuple[str, ...] = ()
+    keep: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("prompt", "subject", "target_new"):
@@ -44,39 +48,106 @@ class EditRequest:
                 raise ValueError(f"EditRequest.{name} is empty: {value!r} (case {self.case_id})")
         if self.ground_truth is not None and not isinstance(self.ground_truth, str):
             raise TypeError(f"EditRequest.ground_truth must be a string or None, got {self.ground_truth!r}")
-        slots = self.prompt.count(SLOT)
+        for name in ("paraphrases", "keep"):
+            value = getattr(self, name)
+            if isinstance(value, str) or not isinstance(value, (list, tuple)):
+                raise TypeError(f"EditRequest.{name} must be a list of strings, got {value!r}")
+            if not all(isinstance(text, str) for text in value):
+                raise TypeError(f"EditRequest.{name} must hold strings, got {value!r}")
+            object.__setattr__(self, name, tuple(value))  # lists come from JSON
+        named = [("prompt", self.prompt)]
+        named += [(f"paraphrases[{index}]", text) for index, text in enumerate(self.paraphrases)]
+        named += [(f"keep[{index}]", text) for index, text in enumerate(self.keep)]
+        for name, text in named:
+            self._check_prompt(name, text)
+        both = {filled(text, self.subject) for text in (self.prompt, *self.paraphrases)}
+        both &= {filled(text, self.subject) for text in self.keep}
+        if both:
+            raise ValueError(f"EditRequest.keep holds what is to change: {sorted(both)}")
+
+    def _check_prompt(self, name: str, text: str) -> None:
+        if not text.strip():
+            raise ValueError(f"EditRequest.{name} is empty: {text!r} (case {self.case_id})")
+        slots = text.count(SLOT)
         if slots > 1:
-            raise ValueError(f"EditRequest.prompt has {slots} slots {SLOT!r}, one is allowed: {self.prompt!r}")
-        if slots == 0 and self.subject not in self.prompt:
-            raise ValueError(f"EditRequest.subject {self.subject!r} does not stand in prompt {self.prompt!r}")
+            raise ValueError(f"EditRequest.{name} has {slots} slots {SLOT!r}, one is allowed: {text!r}")
+        if slots == 0 and self.subject not in text:
+            raise ValueError(f"EditRequest.subject {self.subject!r} does not stand in {name} {text!r}")
 
     @property
     def text(self) -> str:
         """The prompt with the subject filled in."""
-        return self.prompt.replace(SLOT, self.subject)
+        return filled(self.prompt, self.subject)
 
     @property
     def subject_end(self) -> int:
         """Offset in `text` just past the subject (its last occurrence where the prompt has no slot)."""
-        if SLOT in self.prompt:
-            return self.prompt.index(SLOT) + len(self.subject.rstrip())
-        return self.text.rindex(self.subject) + len(self.subject.rstrip())
+        return _subject_start(self.prompt, self.subject) + len(self.subject.rstrip())
 
-    def tokenise(self, tokenizer: Any, contexts: Sequence[str]) -> TokenisedRequest:
-        """Tokens of this request under each of `contexts` (editing/contexts.py), bare (last), and of its KL prompt."""
+    @property
+    def template(self) -> str:
+        """The prompt with a slot where the subject stands."""
+        return slotted(self.prompt, self.subject)
+
+    def tokenise(
+        self,
+        tokenizer: Any,
+        contexts: Sequence[str],
+        *,
+        paraphrases: Sequence[str] = (),
+        keep: Sequence[str] = (),
+        earlier: Sequence[EditRequest] = (),
+    ) -> TokenisedRequest:
+        """Tokens of this request under each of `contexts` (see editing/contexts.py), bare (last row), and of its KL
+        prompt; with wordings that the editor found (`editing/targets/wordings.py`) behind the request's own, and the
+        `earlier` facts about its subject."""
         rows = []
         for context in [*contexts, ""]:
             if SLOT in context:
-                text, end = context.replace(SLOT, self.subject), context.index(SLOT) + len(self.subject.rstrip())
+                rows.append(prompt_row(tokenizer, context, self.subject, self.target_new))
             else:
-                prefix = f"{context}. " if context else ""
-                text, end = prefix + self.text, len(prefix) + self.subject_end
-            prompt, target = encode_prompt_target(tokenizer, text, self.target_new)
-            rows.append(TokenRow(tuple(prompt), tuple(target), last_token_before(tokenizer, text, end)))
-        essence = f"{self.subject} is a"
-        ids = tuple(tokenizer(essence)["input_ids"])
-        kl = TokenRow(ids, (), last_token_before(tokenizer, essence, len(self.subject.rstrip())))
-        return TokenisedRequest(self, tuple(rows), kl)
+                rows.append(prompt_row(tokenizer, self.prompt, self.subject, self.target_new, before=context))
+        others = [
+            prompt_row(tokenizer, text, self.subject, self.target_new) for text in (*self.paraphrases, *paraphrases)
+        ]
+        kept = [prompt_row(tokenizer, text, self.subject) for text in (*self.keep, *keep)]
+        facts = [prompt_row(tokenizer, fact.prompt, fact.subject, fact.target_new) for fact in earlier]
+        return TokenisedRequest(
+            self,
+            tuple(rows),
+            prompt_row(tokenizer, f"{SLOT} is a", self.subject),
+            paraphrases=tuple(row for row in others if row.lookup > 0),
+            keep=tuple(row for row in kept if row.lookup > 0),
+            held=tuple(row for row in facts if row.lookup > 0),
+        )
+
+
+def filled(prompt: str, subject: str) -> str:
+    """`prompt` with the subject in its slot, where it has one."""
+    return prompt.replace(SLOT, subject)
+
+
+def slotted(prompt: str, subject: str) -> str:
+    """`prompt` with a slot where the subject stands."""
+    if SLOT in prompt:
+        return prompt
+    start = _subject_start(prompt, subject)
+    return prompt[:start] + SLOT + prompt[start + len(subject) :]
+
+
+def _subject_start(prompt: str, subject: str) -> int:
+    return prompt.index(SLOT) if SLOT in prompt else prompt.rindex(subject)
+
+
+def prompt_row(tokenizer: Any, prompt: str, subject: str, target: str | None = None, *, before: str = "") -> TokenRow:
+    """Tokens of one prompt about `subject` (in its slot, else the last time it stands there), behind `before`."""
+    start = _subject_start(prompt, subject)
+    prefix = f"{before}. " if before else ""
+    text, end = prefix + filled(prompt, subject), len(prefix) + start + len(subject.rstrip())
+    ids, answer = (
+        (tokenizer(text)["input_ids"], []) if target is None else encode_prompt_target(tokenizer, text, target)
+    )
+    return TokenRow(tuple(ids), tuple(answer), last_token_before(tokenizer, text, end))
 
 
 @dataclass(frozen=True)
@@ -93,12 +164,25 @@ class TokenisedRequest:
     """A request's rows: one a context, the bare prompt last; `kl` is "{subject} is a".
 
     Where `in_context_only`, the bare prompt cannot be edited and another row stands in its place (editing/sinks.py).
+
+    Attributes:
+        paraphrases: further prompts with the target; keep: prompts whose continuation must stay; held: prompts and
+            targets of earlier facts about the subject. None of them has its subject on the first token of the text,
+            where a model without BOS cannot tell subjects apart.
     """
 
     request: EditRequest
     rows: tuple[TokenRow, ...]
     kl: TokenRow
     in_context_only: bool = False
+    paraphrases: tuple[TokenRow, ...] = ()
+    keep: tuple[TokenRow, ...] = ()
+    held: tuple[TokenRow, ...] = ()
+
+    @property
+    def asking(self) -> tuple[TokenRow, ...]:
+        """All rows that have the target behind them."""
+        return (*self.rows, *self.paraphrases)
 
     @property
     def bare(self) -> TokenRow:
@@ -136,18 +220,51 @@ def last_token_before(tokenizer: Any, text: str, end: int) -> int:
     return len(tokenizer(text[:end])["input_ids"]) - 1
 
 
+def _standing(request: EditRequest, batch: Sequence[EditRequest], earlier: Sequence[EditRequest]) -> list[EditRequest]:
+    """Those of `earlier` that are about the request's subject and that nothing in the batch asks anew. Requests of one
+    subject share their δ: the first holds for all."""
+    subject = subject_key(request.subject)
+    mates = [other for other in batch if subject_key(other.subject) == subject]
+    if mates[0] is not request:
+        return []
+    standing: dict[str, EditRequest] = {}
+    for fact in earlier:
+        if subject_key(fact.subject) == subject:
+            standing[" ".join(fact.template.split())] = fact  # the latest of one question
+    for other in mates:
+        for prompt in (other.prompt, *other.paraphrases):
+            standing.pop(" ".join(slotted(prompt, other.subject).split()), None)
+    return list(standing.values())
+
+
+def subject_key(subject: str) -> str:
+    """What subjects are told apart by."""
+    return " ".join(subject.split()).casefold()
+
+
 def by_subject(batch: Sequence[TokenisedRequest]) -> list[list[int]]:
     """Places in the batch of the requests about one subject, subject by subject."""
     clusters: dict[str, list[int]] = {}
     for index, tokens in enumerate(batch):
-        clusters.setdefault(" ".join(tokens.request.subject.split()).casefold(), []).append(index)
+        clusters.setdefault(subject_key(tokens.request.subject), []).append(index)
     return list(clusters.values())
 
 
 def tokenise_batch(
-    requests: Sequence[EditRequest], tokenizer: Any, contexts: Sequence[str], max_length: int | None
+    requests: Sequence[EditRequest],
+    tokenizer: Any,
+    contexts: Sequence[str],
+    max_length: int | None,
+    *,
+    wordings: Callable[[Sequence[EditRequest]], list[tuple[tuple[str, ...], tuple[str, ...]]]] | None = None,
+    earlier: Sequence[EditRequest] = (),
 ) -> list[TokenisedRequest]:
     """Checks a batch and tokenises it; nothing is changed before every request has passed.
+
+    Args:
+        wordings: paraphrases and prompts to keep that are found for each request.
+        earlier: facts that are edited already, oldest first; those about a request's subject are held, less those that
+            it asks anew.
 
     Raises:
         TypeError: requests is no sequence of EditRequest.
@@ -168,11 +285,17 @@ def tokenise_batch(
             kind = "repeats" if wish == other_wish else f"contradicts (target {other_wish!r})"
             raise ValueError(f"requests[{index}] {kind} requests[{other}]: {request.text!r} -> {wish!r}")
         seen[key] = (index, wish)
-    batch = [request.tokenise(tokenizer, contexts) for request in requests]
+    found = [((), ())] * len(requests) if wordings is None else wordings(requests)
+    batch = [
+        request.tokenise(
+            tokenizer, contexts, paraphrases=paraphrases, keep=keep, earlier=_standing(request, requests, earlier)
+        )
+        for request, (paraphrases, keep) in zip(requests, found, strict=True)
+    ]
     for index, tokens in enumerate(batch):
         if not tokens.bare.target:
             raise ValueError(f"requests[{index}].target_new {tokens.request.target_new!r} has no tokens")
-        longest = max(len(row.prompt) + len(row.target) for row in tokens.rows)
+        longest = max(len(row.prompt) + len(row.target) for row in (*tokens.asking, *tokens.keep, *tokens.held))
         if max_length is not None and longest > max_length:
             raise ValueError(
                 f"requests[{index}].prompt takes {longest} tokens with its contexts and target, "

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from coachhook_fast.config import EditConfig, default_layers
 from coachhook_fast.editing import calibration
+from coachhook_fast.editing.answers import Answer, answers_to
 from coachhook_fast.editing.contexts import write_contexts
 from coachhook_fast.editing.hard_negatives import find_hard_negatives
 from coachhook_fast.editing.key_memory import KeyMemory
@@ -26,6 +27,7 @@ from coachhook_fast.editing.schedule import Assignment, assign, in_batch_order
 from coachhook_fast.editing.sinks import away_from_sinks
 from coachhook_fast.editing.targets.cache import TargetCache
 from coachhook_fast.editing.targets.optimise import Target, optimise
+from coachhook_fast.editing.targets.wordings import Wordings
 from coachhook_fast.editing.updates import Observer, lower_alphas, update_layers
 from coachhook_fast.edits import store
 from coachhook_fast.edits.delta import LowRankDelta
@@ -103,6 +105,7 @@ class Editor:
         self._budget = TokenBudget(config.max_batch_tokens, self.partial.device)
         self.statistics: KeyStatistics | None = None
         self.memories: list[KeyMemory] = []
+        self._wordings: Wordings | None = None
 
     def _check_devices(self) -> None:
         """ValueError unless the edited blocks compute where the model's inputs are: the editor's tensors are there."""
@@ -221,7 +224,10 @@ class Editor:
         self._handle.check_editable()
         if torch.is_inference_mode_enabled():
             raise ValueError("Editor.edit needs gradients: call it outside torch.inference_mode()")
-        tokens = tokenise_batch(requests, self.tokenizer, self.edit_set.contexts, context_length(self.model))
+        tokens = tokenise_batch(
+            requests, self.tokenizer, self.edit_set.contexts, context_length(self.model),
+            wordings=self._find_wordings, earlier=self.edit_set.requests,
+        )  # fmt: skip
         if not self.memories:
             self.collect_statistics(progress=progress)
         assert self.statistics is not None
@@ -264,7 +270,15 @@ class Editor:
             batch = Batch(
                 id=of_first_rank(uuid.uuid4().hex[:12]),
                 time=of_first_rank(datetime.now(timezone.utc).isoformat(timespec="seconds")),
-                outcomes=outcomes_of(tokens, ordered, v0, self._bare_outputs(tokens, assignments), updated.leverages),
+                outcomes=outcomes_of(
+                    tokens,
+                    ordered,
+                    v0,
+                    self._bare_outputs(tokens, assignments),
+                    updated.leverages,
+                    self._answers(tokens),
+                    self.tokenizer,
+                ),
                 seconds=time.monotonic() - started,
                 layers=updated.layers,
                 thresholds=updated.edits.thresholds,
@@ -274,6 +288,16 @@ class Editor:
         warn_of_weak(batch.outcomes, self.config)
         return batch
 
+    def _find_wordings(self, requests: Sequence[EditRequest]) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
+        """Paraphrases and prompts to keep of each request, beside its own."""
+        paraphrases, keep = self.config.found_paraphrases, self.config.found_keep
+        if paraphrases == keep == 0:
+            return [((), ())] * len(requests)
+        with self.disabled(), frozen(self.model):
+            if self._wordings is None:
+                self._wordings = Wordings(self.partial, self.tokenizer, pad_id=self._pad_id)
+            return self._wordings.find(requests, paraphrases=paraphrases, keep=keep)
+
     def _bare_outputs(self, batch: Sequence[TokenisedRequest], assignments: Sequence[Assignment]) -> Tensor:
         """[m, n], output of the last block that each request edits at its lookup, with the hooks as they are."""
         limits = {"pad_id": self._pad_id, "max_tokens": self.config.pass_tokens}
@@ -281,6 +305,12 @@ class Editor:
             bare_outputs(self.partial, t.last, [batch[index] for index in t.requests], **limits) for t in assignments
         ]
         return in_batch_order(parts, assignments)
+
+    def _answers(self, batch: Sequence[TokenisedRequest]) -> list[tuple[Answer, ...]]:
+        """What the model says, as it stands, to each request's bare prompt and then to its paraphrases."""
+        rows = [row for tokens in batch for row in (tokens.bare, *tokens.paraphrases)]
+        answers = iter(answers_to(self.partial, rows, pad_id=self._pad_id, max_tokens=self.config.pass_tokens))
+        return [tuple(next(answers) for _ in (tokens.bare, *tokens.paraphrases)) for tokens in batch]
 
     def _hard_negatives(self, batch: Sequence[TokenisedRequest]) -> list[TokenRow]:
         """Texts of the corpus that the batch should pass by."""

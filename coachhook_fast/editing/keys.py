@@ -22,7 +22,7 @@ class Readings:
     """What a pass found, one column a request.
 
     Attributes:
-        keys: K [d, n]: ½ bare prompt + ½ mean of the contexts.
+        keys: K [d, n]: ½ bare prompt + ½ mean of the contexts and paraphrases.
         outputs: [m, n], output of the block asked for in the bare prompt; None where none was.
         before_norm: [m, n], the layer's down-projection output in the bare prompt, where a post-norm follows it.
     """
@@ -64,10 +64,14 @@ class KeyCollector:
     def of_requests(
         cls, partial: PartialModel, layers: Sequence[int], batch: Sequence[TokenisedRequest], **options: Any
     ) -> KeyCollector:
-        """A column a request: all its rows."""
-        return cls(
-            partial, layers, [row for tokens in batch for row in tokens.rows], each=len(batch[0].rows), **options
-        )
+        """A column a request: its contexts and paraphrases, which are filled up with its bare prompt to as many as any
+        request has, and its bare prompt."""
+        most = max(len(tokens.paraphrases) for tokens in batch)
+        rows = []
+        for tokens in batch:
+            others = tokens.paraphrases + (tokens.bare,) * (most - len(tokens.paraphrases))
+            rows += [*tokens.rows[:-1], *others, tokens.bare]
+        return cls(partial, layers, rows, each=len(batch[0].rows) + most, **options)
 
     @torch.no_grad()
     def read(self, position: int, last: int | None = None) -> Readings:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from coachhook_fast.config import EditConfig
+from coachhook_fast.editing.answers import Answer
 from coachhook_fast.editing.targets.optimise import Target
 from coachhook_fast.edits.edit_set import EditOutcome
 from coachhook_fast.request import TokenisedRequest
@@ -22,17 +24,35 @@ class EditWarning(UserWarning):
 
 
 def outcomes_of(
-    batch: Sequence[TokenisedRequest], targets: Sequence[Target], v0: Tensor, after: Tensor, leverages: Tensor
+    batch: Sequence[TokenisedRequest],
+    targets: Sequence[Target],
+    v0: Tensor,
+    after: Tensor,
+    leverages: Tensor,
+    answers: Sequence[Sequence[Answer]],
+    tokenizer: Any,
 ) -> tuple[EditOutcome, ...]:
     """One outcome a request; v0 and after [m, n]: the last edited block's output before the batch and with its final
-    hooks and thresholds; leverages s [L, n]."""
+    hooks and thresholds; leverages s [L, n]; answers to the bare prompt and then to the paraphrases."""
     values = torch.stack([target.value for target in targets], dim=1)
     wanted = (values - v0).norm(dim=0)
     # Where nothing was wanted the fact was held already.
     left = torch.where(wanted > 0, (values - after.to(values)).norm(dim=0) / wanted, 0.0)
     return tuple(
-        EditOutcome(tokens.request, target.loss, target.steps, tuple(leverage), remaining, tokens.in_context_only)
-        for tokens, target, leverage, remaining in zip(batch, targets, leverages.T.tolist(), left.tolist(), strict=True)
+        EditOutcome(
+            tokens.request,
+            target.loss,
+            target.steps,
+            tuple(leverage),
+            remaining,
+            tokens.in_context_only,
+            said=said[0].is_target,
+            answer=tokenizer.decode(said[0].tokens),
+            said_paraphrases=sum(answer.is_target for answer in said[1:]) / len(said[1:]) if said[1:] else None,
+        )
+        for tokens, target, leverage, remaining, said in zip(
+            batch, targets, leverages.T.tolist(), left.tolist(), answers, strict=True
+        )
     )
 
 
@@ -55,6 +75,14 @@ def warn_of_weak(outcomes: Sequence[EditOutcome], config: EditConfig) -> None:
                 f"edit {outcome.request.text!r} -> {outcome.request.target_new!r} holds only where text precedes the "
                 f"subject: {outcome.request.subject!r} ends at the model's attention sink in the bare prompt, where "
                 "all subjects look alike (docs/notes/sinks.md); begin prompts with other text or a BOS token",
+                EditWarning,
+                stacklevel=3,
+            )
+        if config.specific and outcome.said is False and outcome.residual_left <= RESIDUAL_LEFT_LIMIT:
+            warnings.warn(
+                f"edit {outcome.request.text!r} -> {outcome.request.target_new!r} is not said: the model answers "
+                f"{outcome.answer!r} after {outcome.steps} steps (more: v_num_grad_steps; {outcome.loss:.2f} is "
+                "left of its loss, of which prompts to keep are a part: keep_factor)",
                 EditWarning,
                 stacklevel=3,
             )

@@ -48,6 +48,9 @@ class EditOutcome:
         residual_left: ||V - final output|| / ||V - first output||; 0 where the edit went in whole, 1 where nothing did.
         in_context_only: the subject opens the prompt at the model's attention sink: the edit holds behind other text
             only, and that is where `residual_left` was measured (see editing/sinks.py).
+        said: whether the model, asked greedily in the bare prompt right after the batch, said the target; answer: what
+            it said, up to the first token that is not the target's; said_paraphrases: the share of its paraphrases,
+            given and found, that gave the target. None in edit sets of earlier versions.
     """
 
     request: EditRequest
@@ -56,6 +59,9 @@ class EditOutcome:
     leverage: tuple[float, ...]
     residual_left: float
     in_context_only: bool = False
+    said: bool | None = None
+    answer: str = ""
+    said_paraphrases: float | None = None
 
 
 @dataclass(frozen=True)
@@ -122,6 +128,11 @@ class EditSet:
             return held, abs(sum(group) / len(group) - (count - 1) / 2)
 
         return sorted((tuple(range(start, count, groups)) for start in range(groups)), key=rank)
+
+    @property
+    def requests(self) -> tuple[EditRequest, ...]:
+        """All facts edited so far, oldest first."""
+        return tuple(request for batch in self.batches for request in batch.requests)
 
     @property
     def num_edits(self) -> int:

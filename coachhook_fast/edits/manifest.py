@@ -177,6 +177,9 @@ def outcomes_in(line: Mapping[str, Any]) -> tuple[EditOutcome, ...]:
             leverage=tuple(map(float, outcome["leverage" if "leverage" in outcome else "strength"])),
             residual_left=float(outcome["residual_left"]),
             in_context_only=bool(outcome.get("in_context_only", False)),
+            said=outcome.get("said"),
+            answer=str(outcome.get("answer", "")),
+            said_paraphrases=outcome.get("said_paraphrases"),
         )
         for outcome in line["outcomes"]
     )

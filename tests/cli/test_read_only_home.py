@@ -35,7 +35,6 @@ def test_stats(home: Path, no_cache: Path, capsys: pytest.CaptureFixture[str]) -
     warned(capsys.readouterr().err, no_cache)
 
 
-@pytest.mark.xfail(strict=True, reason="TargetCache does not go by editing/targets/kept.py yet")
 def test_edit(home: Path, no_cache: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     arguments = ["edit", *model(home), *facts(home), *QUICK, "--limit", "2", "--batch-size", "1"]
     assert main([*arguments, *out(tmp_path, "edits")]) == 0

@@ -19,6 +19,7 @@ mean of the two. Such requests share one δ, which minimises the mean of their l
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from torch import Tensor
 
 from coachhook_fast.config import EditConfig
 from coachhook_fast.editing.targets.adam import ProjectedAdam
+from coachhook_fast.editing.targets.descent import NormalisedDescent
 from coachhook_fast.editing.targets.recorded import RecordedStep, Recording
 from coachhook_fast.editing.targets.rows import TargetRows
 from coachhook_fast.models.distributed import workers
@@ -37,7 +39,7 @@ from coachhook_fast.models.passes.forward import PartialModel
 from coachhook_fast.models.passes.packed_rows import packed_modules
 from coachhook_fast.models.tensor_parallel import is_tensor_parallel
 from coachhook_fast.progress import Bar
-from coachhook_fast.request import TokenisedRequest, by_subject
+from coachhook_fast.request import TokenisedRequest, TokenRow, by_subject
 
 # Where rows are padded to the longest of their group: once a group has this many tokens a step, matrix products are
 # at their full rate, and a cluster that would lengthen it by more than this share begins a group of its own. On a GPU a
@@ -47,6 +49,13 @@ _LENGTHENING = 1.2
 
 # Without a learning rate of its own a request's δ moves by about this share of ||v0|| a step.
 STEP_SHARE = 0.35
+
+# Prompts to keep that a step reads, of those of a request: each step other ones. As many in every step would cost as
+# many times more; ever the same few would be kept and nothing else (docs/experiments/specificity.md).
+KEPT_A_STEP = 6
+
+# A target that is not said after the steps planned gets up to so many times as many.
+FURTHER_STEPS = 4
 
 
 @dataclass(frozen=True)
@@ -160,7 +169,8 @@ class _Problem:
     ) -> None:
         self.partial = partial
         self.last = last
-        self.rows = rows
+        # One part a step, in turns: more prompts are kept than a step has room for.
+        self.parts = rows.parts(KEPT_A_STEP)
         # δ and its optimiser live in fp32 at least, whatever the model computes in.
         self.v0 = v0.to(torch.promote_types(v0.dtype, torch.float32))
         self.config = config
@@ -169,12 +179,20 @@ class _Problem:
         self.members = [list(range(sum(sizes[:c]), sum(sizes[: c + 1]))) for c in range(len(sizes))]
         self._number()
         lengths = torch.stack([part.min() for part in self.lengths.split(sizes)])
-        # Adam moves each of m coordinates by about the rate, so δ by √m rates: a share of ||v0|| suits every model.
-        rates = STEP_SHARE * lengths / self.v0.shape[1] ** 0.5
-        rates = torch.full_like(lengths, config.v_lr) if config.v_lr else rates
-        self.adam = ProjectedAdam(rates, config.clamp_norm_factor * lengths, self.v0.shape[1])
+        bounds, width = config.clamp_norm_factor * lengths, self.v0.shape[1]
+        if config.specific:
+            steps = config.v_num_grad_steps
+            self.descent: NormalisedDescent | ProjectedAdam = NormalisedDescent(
+                STEP_SHARE * lengths, bounds, width, steps
+            )
+        else:
+            # Adam moves each of m coordinates by about the rate, so δ by √m rates: a share of ||v0|| suits every model.
+            rates = STEP_SHARE * lengths / width**0.5
+            rates = torch.full_like(lengths, config.v_lr) if config.v_lr else rates
+            self.descent = ProjectedAdam(rates, bounds, width)
         self.going = torch.ones_like(lengths, dtype=torch.bool)
-        self.clean: Tensor | None = None  # [F, V] log p0 at the rows' fixed places
+        with torch.no_grad():
+            self.clean = [part.log_p(torch.zeros_like(self.v0))[1] for part in self.parts]
 
     def _number(self) -> None:
         """What follows from `members`, on the device."""
@@ -187,80 +205,92 @@ class _Problem:
     def solve(self) -> list[Target]:
         """Targets of the requests, in order."""
         found: dict[int, Target] = {}
-        most = self.config.v_num_grad_steps
-        step = RecordedStep(self._step, self.recording)
+        planned = self.config.v_num_grad_steps
+        most = FURTHER_STEPS * planned if self.config.specific else planned
+        steps = self._recorded_steps()
         for number in range(most):
-            numbers = step()
+            numbers = steps[number % len(steps)]()
             requests = [i for members in self.members for i in members]
-            losses, going = dict(zip(requests, numbers, strict=False)), numbers[len(requests) :]
+            losses, said = numbers[: len(requests)], numbers[len(requests) : 2 * len(requests)]
+            answers = dict(zip(requests, losses, strict=True))
+            going = numbers[2 * len(requests) :]
+            if number >= planned:  # the steps planned are done: only those go on that do not say their target
+                unsaid = [not all(said[at] for at in places) for places in self._places()]
+                self.going &= torch.tensor(unsaid, device=self.going.device)
+                # This step has moved δ of those that end here: by their own, a little further along.
+                going = [float(goes and open_) for goes, open_ in zip(going, unsaid, strict=True)]
             gone = [c for c, goes in enumerate(going) if not goes and self.members[c][0] not in found]
-            found |= self._targets(gone, losses, number)
+            found |= self._targets(gone, answers, number)
             if not any(going):
                 return [found[i] for i in range(len(found))]
-            if step.worth_shrinking(1 - sum(going) / len(going), most - number):
+            if steps[0].worth_shrinking(1 - sum(going) / len(going), most - number):
                 self._keep([c for c, goes in enumerate(going) if goes])
-                step = RecordedStep(self._step, self.recording)
-        del step  # a graph keeps the memory of its step
+                steps = self._recorded_steps()
+        del steps  # a graph keeps the memory of its step
         self._keep([c for c, members in enumerate(self.members) if members[0] not in found])
         with torch.no_grad():
-            losses = dict(zip([i for members in self.members for i in members], self._losses().tolist(), strict=True))
-        found |= self._targets(range(len(self.members)), losses, most)
+            losses_now = self._losses(0)[0].tolist()
+        requests = [i for members in self.members for i in members]
+        found |= self._targets(range(len(self.members)), dict(zip(requests, losses_now, strict=True)), most)
         return [found[i] for i in range(len(found))]
+
+    def _recorded_steps(self) -> list[RecordedStep]:
+        return [RecordedStep(functools.partial(self._step, part), self.recording) for part in range(len(self.parts))]
+
+    def _places(self) -> list[range]:
+        """Of each cluster: its requests' places among those at hand."""
+        starts = [sum(map(len, self.members[:c])) for c in range(len(self.members))]
+        return [range(start, start + len(members)) for start, members in zip(starts, self.members, strict=True)]
 
     def _targets(self, clusters: Sequence[int], losses: Mapping[int, float], step: int) -> dict[int, Target]:
         """Targets of the requests of `clusters` (positions among those at hand), by their δ of now."""
         with torch.no_grad():
             return {
-                i: Target(self.v0[i] + self.adam.rows[c], losses[i], step) for c in clusters for i in self.members[c]
+                i: Target(self.v0[i] + self.descent.rows[c], losses[i], step) for c in clusters for i in self.members[c]
             }
 
-    def _step(self) -> Tensor:
-        """One Adam step of the clusters that go on; [n + C] losses before it, then which clusters go on (0 or 1).
+    def _step(self, part: int) -> Tensor:
+        """One step of the clusters that go on, on one part of the rows; [2 n + C] losses before it, which requests say
+        their target in the bare prompt (0 or 1), and which clusters go on.
 
         Nothing in it waits for the device, so that it may be recorded.
         """
-        losses = self._losses()
-        gradients = torch.autograd.grad((losses * self.shares).sum(), self.adam.rows)[0]
+        losses, said = self._losses(part)
+        gradients = torch.autograd.grad((losses * self.shares).sum(), self.descent.rows)[0]
         with torch.no_grad():
             # NaN stops too, and is reported by the caller.
             is_open = (losses.double() >= self.config.v_loss_threshold).double()
             self.going &= torch.zeros_like(self.going, dtype=torch.float64).index_add(0, self.cluster, is_open) > 0
-            self.adam.step(gradients, self.going)
-            return torch.cat([losses.double(), self.going.double()])
+            self.descent.step(gradients, self.going)
+            return torch.cat([losses.double(), said, self.going.double()])
 
     def _keep(self, clusters: list[int]) -> None:
         """Goes on with `clusters` alone (positions among those at hand)."""
         if len(clusters) == len(self.members):
             return
-        starts = [sum(map(len, self.members[:c])) for c in range(len(self.members))]
-        requests = [starts[c] + i for c in clusters for i in range(len(self.members[c]))]
-        kept = torch.tensor(requests, device=self.v0.device)
-        if self.clean is not None:
-            self.clean = self.clean[self.rows.fixed_of(kept)]
-        self.rows = self.rows.select(kept)
+        places = self._places()
+        kept = torch.tensor([place for c in clusters for place in places[c]], device=self.v0.device)
+        self.clean = [clean[part.fixed_of(kept)] for clean, part in zip(self.clean, self.parts, strict=True)]
+        self.parts = [part.select(kept) for part in self.parts]
         chosen = torch.tensor(clusters, device=self.v0.device)
-        self.adam.select(chosen)
+        self.descent.select(chosen)
         self.going = self.going[chosen]
         self.members = [self.members[c] for c in clusters]
         self._number()
 
-    def _losses(self) -> Tensor:
-        """[n] losses of the n requests at hand."""
-        rows = self.rows
-        shifts = self.adam.rows.index_select(0, self.cluster)
-        logits = rows.inputs.logits(shifts.index_select(0, rows.row_request), *rows.places())
-        logits = logits.to(shifts.device, torch.promote_types(logits.dtype, torch.float32))
-        # A split, whose way back is one copy; those of two slices fill and add tensors as large as the logits.
-        of_targets, of_fixed = logits.split([rows.targets.numel(), logits.shape[0] - rows.targets.numel()])
-        log_p = of_targets.log_softmax(-1)
+    def _losses(self, part: int) -> tuple[Tensor, Tensor]:
+        """[n] losses of the n requests at hand on one part of the rows, and [n] 1 where the bare prompt gives the
+        target, token by token."""
+        rows, clean = self.parts[part], self.clean[part]
+        shifts = self.descent.rows.index_select(0, self.cluster)
+        log_p, log_fixed = rows.log_p(shifts)
         nll = -log_p.gather(1, rows.targets[:, None])[:, 0] * rows.weights.to(log_p.dtype)
-        log_fixed = of_fixed.log_softmax(-1)
-        if self.clean is None:  # the first step has δ = 0
-            self.clean = log_fixed.detach()
-        kl = (self.clean.exp() * (self.clean - log_fixed)).sum(-1) * rows.fixed_weights.to(log_p.dtype)
+        kl = (clean.exp() * (clean - log_fixed)).sum(-1) * rows.fixed_weights.to(log_p.dtype)
         total = self.config.v_weight_decay * shifts.norm(dim=1) / self.lengths.square()
-        total = total.to(log_p.dtype).index_add(0, rows.request, nll)
-        return total.index_add(0, rows.fixed_request, kl)
+        total = total.to(log_p.dtype).index_add(0, rows.request, nll).index_add(0, rows.fixed_request, kl)
+        wrong = ((log_p.detach().argmax(-1) != rows.targets) & rows.bare).double()
+        missed = torch.zeros_like(total, dtype=torch.float64).index_add(0, rows.request, wrong)
+        return total, (missed == 0).double()
 
 
 def _groups(
@@ -274,7 +304,7 @@ def _groups(
 
     def fits(group: Sequence[list[int]], cluster: list[int]) -> bool:
         shortest = length(group[0])
-        step_tokens = sum(len(batch[i].rows) for members in group for i in members) * shortest
+        step_tokens = sum(_rows(batch[i]) for members in group for i in members) * shortest
         lengthens = step_tokens >= enough and length(cluster) > _LENGTHENING * shortest
         return not lengthens and _padded_tokens([i for one in (*group, cluster) for i in one], batch) <= max_tokens
 
@@ -289,12 +319,21 @@ def _groups(
 
 def _padded_tokens(members: Sequence[int], batch: Sequence[TokenisedRequest]) -> int:
     """Tokens of the members' rows in one pass, their KL rows among them."""
-    before = max(row.lookup for i in members for row in batch[i].rows)
-    return sum(len(batch[i].rows) + 1 for i in members) * (before + max(_from_lookup(batch[i]) for i in members))
+    before = max(row.lookup for i in members for row in _all_rows(batch[i]))
+    return sum(_rows(batch[i]) for i in members) * (before + max(_from_lookup(batch[i]) for i in members))
 
 
 def _from_lookup(tokens: TokenisedRequest) -> int:
-    return max(len(row.prompt) + len(row.target) - row.lookup for row in tokens.rows)
+    return max(len(row.prompt) + len(row.target) - row.lookup for row in _all_rows(tokens))
+
+
+def _all_rows(tokens: TokenisedRequest) -> tuple[TokenRow, ...]:
+    return (*tokens.asking, *tokens.held, *tokens.keep)
+
+
+def _rows(tokens: TokenisedRequest) -> int:
+    """Rows of a step: these, and that of the KL term."""
+    return len(_all_rows(tokens)) + 1
 
 
 def _from_all_ranks(mine: dict[int, Target], world: int) -> list[dict[int, Target]]:

@@ -1,0 +1,231 @@
+"""Wordings: what else a request's question may be called, and what else may be asked about its subject.
+
+An edit prompt says one wording of one question. The editor knows some hundred questions that texts ask about people,
+places, organisations and works, each in a few wordings of our own (relations.json). The question nearest to the prompt
+gives paraphrases, which get the target too; the other questions about the same kind of subject are what an edit must
+leave alone. A prompt near none gets no paraphrases, and questions about all kinds of subjects to leave alone.
+
+Near is measured by the model itself: its states at the last token of a text about two made-up subjects, less the mean
+over all wordings, as cosines, and by the words that both have, weighted by how few questions have them.
+docs/experiments/specificity.md says how often this is right.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from coachhook_fast.models.passes.forward import PartialModel, align_rows
+from coachhook_fast.request import SLOT, EditRequest, filled
+
+# Subjects that no relation speaks for: a name and a place.
+_SUBJECTS = ("Alex Miller", "Northfield")
+# Blocks whose states are compared, as shares of the depth.
+_DEPTHS = (0.67, 0.8, 0.93)
+# Words count half of what states do.
+_WORDS = 0.5
+# From here on a wording asks the prompt's question; up to there it asks another.
+_SAME = 0.8
+_OTHER = 0.55
+_FEW_LETTERS = 6  # of a word: "employed", "employer", "employment"
+_SMALL_WORDS = frozenset(
+    [
+        "the",
+        "a",
+        "an",
+        "of",
+        "in",
+        "is",
+        "was",
+        "were",
+        "are",
+        "to",
+        "by",
+        "for",
+        "with",
+        "on",
+        "at",
+        "as",
+        "that",
+        "it",
+        "and",
+        "from",
+        "has",
+        "have",
+        "which",
+        "its",
+        "his",
+        "her",
+        "name",
+        "he",
+        "she",
+        "they",
+        "what",
+        "who",
+        "be",
+        "been",
+        "where",
+        "whose",
+        "name",
+        "called",
+    ]
+)
+_PASSES = 4096  # tokens a pass
+
+
+@dataclass(frozen=True)
+class Wording:
+    """A text with one slot for the subject: one wording of one question about one kind of subject. One that is `plain`
+    is made of the relation's name, to be compared with and not to be read."""
+
+    kind: str
+    relation: str
+    text: str
+    plain: bool = False
+
+
+def read_wordings() -> tuple[Wording, ...]:
+    """The wordings of relations.json, and two plain ones of each relation's own name."""
+    kinds = json.loads(files("coachhook_fast.editing.targets").joinpath("relations.json").read_text(encoding="utf-8"))
+    found = []
+    for kind, relations in kinds.items():
+        for relation, texts in relations.items():
+            plain = [f"The {relation} of {SLOT} is", f"{SLOT}'s {relation} is"]
+            found += [Wording(kind, relation, text) for text in texts]
+            found += [Wording(kind, relation, text, plain=True) for text in plain if text not in texts]
+    return tuple(found)
+
+
+class Wordings:
+    """Finds wordings for requests, as one model reads them.
+
+    The bank is read once, with the model as it stands; the caller switches edits off.
+    """
+
+    def __init__(self, partial: PartialModel, tokenizer: Any, *, pad_id: int) -> None:
+        self._partial, self._tokenizer, self._pad_id = partial, tokenizer, pad_id
+        self.bank = read_wordings()
+        self._words = [_words(f"{wording.text} {wording.relation}") for wording in self.bank]
+        questions = {(wording.kind, wording.relation): set[str]() for wording in self.bank}
+        for wording, words in zip(self.bank, self._words, strict=True):
+            questions[wording.kind, wording.relation] |= words
+        held = Counter(word for words in questions.values() for word in words)
+        self._rarity = {word: math.log(len(questions) / count) for word, count in held.items()}
+        self._unknown = math.log(len(questions))
+        states = self._states([wording.text for wording in self.bank])
+        self._mean = states.mean(0)
+        self._states_of_bank = normalize(states - self._mean, dim=-1)
+
+    def find(
+        self, requests: Sequence[EditRequest], *, paraphrases: int, keep: int
+    ) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
+        """Of each request: at most `paraphrases` texts that ask its question, less those it has itself, and `keep`
+        texts that ask others; each with one slot."""
+        templates = [request.template for request in requests]
+        states = normalize(self._states(templates) - self._mean, dim=-1)
+        near = torch.einsum("rcd,bcd->rb", states, self._states_of_bank) / states.shape[1]
+        return [
+            self._of_request(request, self._scores(template, row), paraphrases, keep)
+            for request, template, row in zip(requests, templates, near.tolist(), strict=True)
+        ]
+
+    def _scores(self, template: str, near: Sequence[float]) -> list[float]:
+        words = _words(template)
+        whole = sum(self._rarity.get(word, self._unknown) for word in words) or 1.0
+        shared = [sum(self._rarity[word] for word in words & other) / whole for other in self._words]
+        return [state + _WORDS * word for state, word in zip(near, shared, strict=True)]
+
+    def _of_request(
+        self, request: EditRequest, scores: Sequence[float], paraphrases: int, keep: int
+    ) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        order = sorted(range(len(scores)), key=scores.__getitem__, reverse=True)
+        best = self.bank[order[0]]
+        matched = scores[order[0]] >= _SAME
+        same: list[str] = []
+        if matched:
+            asking = [
+                self.bank[i].text
+                for i in order
+                if _question(self.bank[i]) == _question(best) and not self.bank[i].plain
+            ]
+            taken = {request.text, *(filled(text, request.subject) for text in request.paraphrases)}
+            asking = [text for text in asking if filled(text, request.subject) not in taken]
+            same = _both_ways(asking)[: max(0, paraphrases - len(request.paraphrases))]
+        nearest: dict[tuple[str, str], float] = {}
+        for i in order:
+            nearest.setdefault(_question(self.bank[i]), scores[i])
+        others = [
+            wording
+            for wording in self.bank
+            if not wording.plain and nearest[_question(wording)] < _OTHER and (wording.kind == best.kind or not matched)
+        ]
+        return tuple(same), tuple(_spread(others, request, keep))
+
+    @torch.no_grad()
+    def _states(self, templates: Sequence[str]) -> Tensor:
+        """[T, subjects * depths, m] fp32: states at the last token."""
+        count = len(self._partial.blocks)
+        blocks = sorted({min(count - 1, round(depth * count)) for depth in _DEPTHS})
+        rows = []
+        for template in templates:
+            for subject in _SUBJECTS:
+                rows.append(list(self._tokenizer(filled(template, subject))["input_ids"]))
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        found: list[Tensor] = [torch.empty(0)] * len(rows)
+        while order:
+            size = max(1, _PASSES // len(rows[order[min(len(order), 128) - 1]]))
+            part, order = order[:size], order[size:]
+            texts = [rows[i] for i in part]
+            tokens = align_rows(texts, [len(text) - 1 for text in texts], self._pad_id, self._partial.device)
+            _, kept = self._partial.run(tokens.columns(0), until=blocks[-1], outputs=blocks, places=tokens.places())
+            states = torch.stack([kept.outputs[block][:, tokens.lookup].float() for block in blocks], dim=1)
+            for i, state in zip(part, states, strict=True):
+                found[i] = state
+        return torch.stack(found).unflatten(0, (len(templates), len(_SUBJECTS))).flatten(1, 2)
+
+
+def _question(wording: Wording) -> tuple[str, str]:
+    return wording.kind, wording.relation
+
+
+def _words(text: str) -> set[str]:
+    return {word[:_FEW_LETTERS] for word in re.findall(r"[^\W\d_]+", text.lower()) if word not in _SMALL_WORDS}
+
+
+def _both_ways(texts: Sequence[str]) -> list[str]:
+    """`texts` in their order, but in turns one that opens with the subject and one that does not: a causal model reads
+    the relation before the subject in one and behind it in the other."""
+    opening = [text for text in texts if text.startswith(SLOT)]
+    closing = [text for text in texts if not text.startswith(SLOT)]
+    turns = [text for pair in zip(closing, opening, strict=False) for text in pair]
+    rest = closing[len(opening) :] or opening[len(closing) :]
+    return [*turns, *rest]
+
+
+def _spread(wordings: Iterable[Wording], request: EditRequest, count: int) -> list[str]:
+    """`count` of the wordings, one of each question before a second of any: drawn by the request's text, so that the
+    same request always keeps the same."""
+
+    def draw(text: str) -> str:
+        return hashlib.sha256(f"{request.text}\n{text}".encode()).hexdigest()
+
+    questions: dict[str, list[str]] = {}
+    for wording in wordings:
+        questions.setdefault(wording.relation, []).append(wording.text)
+    order = sorted(questions, key=draw)
+    rounds = max(map(len, questions.values()), default=0)
+    drawn = {relation: sorted(set(texts), key=draw) for relation, texts in questions.items()}
+    return [drawn[relation][turn] for turn in range(rounds) for relation in order if turn < len(drawn[relation])][
+        :count
+    ]
