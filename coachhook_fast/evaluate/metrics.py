@@ -16,7 +16,7 @@ from coachhook_fast.evaluate.answers import SCORED, AnswerPlan, score_answers
 from coachhook_fast.evaluate.base import BaseAnswers, unedited
 from coachhook_fast.evaluate.drift import drift
 from coachhook_fast.evaluate.generation import continue_greedily, fluency
-from coachhook_fast.evaluate.passing import DEFAULT_PASSING
+from coachhook_fast.evaluate.passing import DEFAULT_PASSING, passing_texts
 from coachhook_fast.evaluate.perplexity import perplexity
 from coachhook_fast.evaluate.record import EditRecord
 from coachhook_fast.evaluate.result import Evaluation, RecordResult, mean
@@ -76,14 +76,15 @@ def evaluate(
         batch_tokens: most tokens in one forward pass.
 
     Raises:
-        ValueError: records is empty, a metric is unknown, or `base` belongs to another model or other
-        records.
+        ValueError: records is empty, a metric is unknown, `passing` is not in 1..20, or `base` belongs to another
+        model or other records.
     """
     if not records:
         raise ValueError("records is empty: there is nothing to evaluate")
     unknown = sorted(set(metrics) - set(METRICS))
     if unknown:
         raise ValueError(f"metrics must be among {METRICS}, got {unknown}")
+    passing_texts("", passing)  # raises where there are not as many
     options: dict[str, Any] = {"batch_tokens": batch_tokens, "progress": progress}
     if base is None:
         base = BaseAnswers.collect(model, tokenizer, records, **options)
