@@ -116,7 +116,12 @@ def load_records(arguments: argparse.Namespace) -> tuple[list[EditRecord], list[
     from coachhook_fast.evaluate.datasets import read_records
 
     skipped: list[str] = []
-    records = read_records(arguments.facts, limit=arguments.limit, skipped=skipped if arguments.skip_invalid else None)
+    records = read_records(
+        arguments.facts,
+        kinds=getattr(arguments, "kinds", None),
+        limit=arguments.limit,
+        skipped=skipped if arguments.skip_invalid else None,
+    )
     if skipped:
         note(f"left out {len(skipped)} facts that are no valid edit, the first: {skipped[0]}")
     if not records:
