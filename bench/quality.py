@@ -11,7 +11,6 @@ stopped goes on where it was, and ends with the same numbers. `docs/quality.md` 
 from __future__ import annotations
 
 import argparse
-import csv
 import functools
 import hashlib
 import json
@@ -29,21 +28,17 @@ import torch
 import transformers
 import yaml
 from quality_methods import METHODS, Method, Ours, Runner
+from quality_records import HALVES, choose, facts_key, give
+from quality_table import COLUMNS, SCORES, cell, write, write_table
 
 from coachhook_fast import EditConfig, load_model
 from coachhook_fast.config import number_in
-from coachhook_fast.evaluate import BaseAnswers, HeldOut, evaluate
+from coachhook_fast.evaluate import METRICS, BaseAnswers, HeldOut, evaluate
 from coachhook_fast.evaluate.base import records_hash
 from coachhook_fast.evaluate.datasets import EditRecord, read_records
+from coachhook_fast.evaluate.passing import DEFAULT_PASSING
 from coachhook_fast.models.loading import cache_dir
 from coachhook_fast.progress import track
-
-COLUMNS = (
-    "method", "gate", "edits", "batch_size", "reliability", "generality", "locality", "generation",
-    "perplexity_ratio", "seconds_per_edit", "harmonic_mean", "drift", "locality_unedited",
-    "held_out_tokens",
-)  # fmt: skip
-ROME = ("generation_rephrase", "efficacy", "paraphrase", "neighbourhood", "rome_score")
 
 
 @dataclass(frozen=True)
@@ -53,6 +48,7 @@ class Plan:
     Attributes:
         model: name for `load_model`; config: settings of all methods; records: facts in the order of editing.
         at: edit counts at which all edits so far are evaluated, ascending; work: folder of saved states.
+        metrics, passing: as for `evaluate`.
     """
 
     model: str
@@ -63,7 +59,8 @@ class Plan:
     corpus: Path | None
     held_out: HeldOut | None
     work: Path
-    metrics: tuple[str, ...] = ("accuracy", "probability", "generation", "drift")
+    metrics: tuple[str, ...] = tuple(name for name in METRICS if name != "fluency")
+    passing: int = DEFAULT_PASSING
 
     @property
     def held_out_key(self) -> str | None:
@@ -73,7 +70,7 @@ class Plan:
         """Name of the method's saved state: equal settings and facts, equal state."""
         settings = self.config.replace(**dict(method.settings)).to_dict()
         corpus = None if self.corpus is None else hashlib.sha256(self.corpus.read_bytes()).hexdigest()
-        facts = [(r.request.text, r.request.subject, r.request.target_new) for r in self.records]
+        facts = facts_key(self.records)
         text = json.dumps([self.model, settings, self.batch_size, corpus, facts], sort_keys=True, default=str)
         return f"{method.name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
@@ -81,10 +78,11 @@ class Plan:
 def run(method: Method, plan: Plan, on_row: Callable[[dict[str, Any]], None]) -> None:
     """Edits and evaluates one method, and calls `on_row` with every evaluation, stored or new.
 
-    Where only the text for perplexity is another than a stored row's, only perplexity is measured again.
+    Where only the text for perplexity is another than a stored row's, only perplexity is measured again; where a
+    stored row lacks a metric, all are.
     """
     rows = _Rows(plan.work / "rows" / f"{plan.run_key(method)}-{method.gate}.json")
-    missing = [count for count in plan.at if not rows.has(count, plan.held_out_key)]
+    missing = [count for count in plan.at if not rows.has_scores(count, plan) or not rows.has_text(count, plan)]
     for count in plan.at:
         if count not in missing:
             row = rows.by_count[count]
@@ -101,9 +99,14 @@ def run(method: Method, plan: Plan, on_row: Callable[[dict[str, Any]], None]) ->
         states = plan.work / plan.run_key(method)
         for count in missing:
             seconds = _edit_up_to(count, runner, plan, states, method.title)
-            row = rows.by_count.get(count)
-            found = _evaluate(method, model, tokenizer, plan, count, bases[count], () if row else plan.metrics)
-            if row is None:
+            scored = rows.has_scores(count, plan)
+            found = _evaluate(method, model, tokenizer, plan, count, bases[count], () if scored else plan.metrics)
+            bases[count].save(_base_path(plan, count))  # with what the unedited model wrote
+            for base in bases.values():
+                base.written |= bases[count].written
+            if scored:
+                row = rows.by_count[count]
+            else:
                 row = _row(method, model, plan, count, found)
                 if isinstance(runner, Ours):
                     row["layers"] = [a | b for a, b in zip(row["layers"], runner.separation(), strict=True)]
@@ -150,7 +153,7 @@ def _evaluate(
         model.coachhook.set_modes(["always"] * len(model.coachhook.hooks))
     found = evaluate(
         model, tokenizer, plan.records[:count],
-        base=base, metrics=metrics, held_out=plan.held_out, batch_tokens=2048,
+        base=base, metrics=metrics, passing=plan.passing, held_out=plan.held_out, batch_tokens=2048,
     ).summary()  # fmt: skip
     if method.ungated:
         model.coachhook.enable()
@@ -159,8 +162,9 @@ def _evaluate(
 
 def _row(method: Method, model: Any, plan: Plan, count: int, found: dict[str, Any]) -> dict[str, Any]:
     row: dict[str, Any] = {"method": method.name, "gate": method.gate, "edits": count, "batch_size": plan.batch_size}
-    names = ("reliability", "generality", "locality", "locality_unedited", "generation", "harmonic_mean", "drift")
-    row |= {name: found[name] for name in (*names, *ROME)}
+    row |= {name: found[name] for name in SCORES}
+    row |= {"kinds": found.get("kinds", {}), "metrics": list(plan.metrics), "passing": plan.passing}
+    row["evaluation_seconds"] = found["seconds"]
     row["layers"] = _layer_figures(model)
     row["settings"] = plan.config.replace(**dict(method.settings)).to_dict()
     return row | _provenance()
@@ -168,8 +172,11 @@ def _row(method: Method, model: Any, plan: Plan, count: int, found: dict[str, An
 
 def _layer_figures(model: Any) -> list[dict[str, float]]:
     """||Δ|| / ||W0|| (Frobenius) and threshold of every hook."""
-    figures = []
-    for hook in getattr(model.coachhook, "hooks", None) or model.coachhook.added:
+    figures: list[dict[str, float]] = []
+    handle = getattr(model, "coachhook", None)
+    if handle is None:
+        return figures
+    for hook in getattr(handle, "hooks", None) or handle.added:
         delta = hook.get_delta_weight() if hasattr(hook, "get_delta_weight") else hook.delta
         weight = hook.base_layer.weight.detach()
         threshold = getattr(hook, "threshold", getattr(hook, "alpha", None))
@@ -184,21 +191,28 @@ def _layer_figures(model: Any) -> list[dict[str, float]]:
 
 def _base(model: Any, tokenizer: Any, plan: Plan, count: int) -> BaseAnswers:
     """The unedited model's answers to the first `count` records, with its perplexity; kept in the work folder."""
-    records = plan.records[:count]
-    folder, name = plan.work / "base", plan.model.replace("/", "_")
-    path = folder / f"{name}-{records_hash(records)}.json"
-    stored = BaseAnswers.load(path) if path.is_file() else None
-    base = stored or BaseAnswers.collect(model, tokenizer, records, batch_tokens=2048)
+    path = _base_path(plan, count)
+    base = _load_base(path) or BaseAnswers.collect(model, tokenizer, plan.records[:count], batch_tokens=2048)
+    for other in map(_load_base, sorted(path.parent.glob("*.json"))):
+        if other is not None and other.model == base.model:  # what it says does not depend on the other records
+            base.perplexity = other.perplexity | base.perplexity
+            base.written = other.written | base.written
     if plan.held_out is not None and plan.held_out_key not in base.perplexity:
-        for other in map(BaseAnswers.load, sorted(folder.glob("*.json"))):
-            if other.model == base.model:
-                base.perplexity = other.perplexity | base.perplexity
-        if plan.held_out_key not in base.perplexity:
-            base.perplexity[plan.held_out_key] = plan.held_out.perplexity(model, tokenizer, batch_tokens=2048)
-        stored = None
-    if stored is None:
-        base.save(path)
+        base.perplexity[plan.held_out_key] = plan.held_out.perplexity(model, tokenizer, batch_tokens=2048)
+    base.save(path)
     return base
+
+
+def _base_path(plan: Plan, count: int) -> Path:
+    return plan.work / "base" / f"{plan.model.replace('/', '_')}-{records_hash(plan.records[:count])}.json"
+
+
+def _load_base(path: Path) -> BaseAnswers | None:
+    """None where there is none that this version reads."""
+    try:
+        return BaseAnswers.load(path)
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 class _Rows:
@@ -209,14 +223,19 @@ class _Rows:
         stored = json.loads(path.read_text()) if path.is_file() else {}
         self.by_count: dict[int, dict[str, Any]] = {int(count): row for count, row in stored.items()}
 
-    def has(self, count: int, held_out: str | None) -> bool:
-        """Whether `count` was evaluated, and its perplexity on this text."""
-        return count in self.by_count and self.by_count[count].get("held_out") == held_out
+    def has_scores(self, count: int, plan: Plan) -> bool:
+        """Whether `count` was evaluated by all of the plan's metrics."""
+        row = self.by_count.get(count, {})
+        return set(plan.metrics) <= set(row.get("metrics", ())) and row.get("passing") == plan.passing
+
+    def has_text(self, count: int, plan: Plan) -> bool:
+        """Whether its perplexity was measured on the plan's text."""
+        return self.by_count.get(count, {}).get("held_out") == plan.held_out_key
 
     def add(self, count: int, row: dict[str, Any]) -> dict[str, Any]:
         """Keeps the row and answers it as it will be read again."""
         self.by_count[count] = json.loads(json.dumps(row))
-        _write(self.path, json.dumps(self.by_count))
+        write(self.path, json.dumps(self.by_count))
         return self.by_count[count]
 
 
@@ -250,31 +269,6 @@ def _cpu() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
 
 
-def write_table(rows: Sequence[dict[str, Any]], out: Path) -> None:
-    """JSON, CSV and Markdown beside each other."""
-    _write(out.with_suffix(".json"), json.dumps(list(rows), indent=1) + "\n")
-    part = out.with_suffix(".csv.part")
-    with part.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*COLUMNS, *ROME], extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    part.replace(out.with_suffix(".csv"))
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-    lines += ["| " + " | ".join(_cell(row.get(name)) for name in COLUMNS) + " |" for row in rows]
-    _write(out.with_suffix(".md"), "\n".join(lines) + "\n")
-
-
-def _cell(value: Any) -> str:
-    return "-" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    part.replace(path)
-
-
 def _remove(folder: Path) -> None:
     (folder / "done.json").unlink(missing_ok=True)
     for file in folder.glob("*"):
@@ -287,12 +281,21 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--model", default="smollm2", help="as for `coachhook` (default smollm2)")
     add("--facts", type=Path, required=True, metavar="FILE")
-    add("--skip", type=int, default=0, metavar="N", help="leave out the first N facts")
+    add("--kinds", type=Path, metavar="FILE", help="says what the facts' rephrase prompts ask, as for `coachhook eval`")
+    halves = ("all", *HALVES)
+    add("--half", default="all", choices=halves, help="facts whose subject's sha256 is 1 (A) or 2 (B) mod 3")
+    add("--form", default="all", choices=("all", "cloze", "question"), help="facts whose prompt is of this form")
+    add("--strict", action="store_true", help="facts with two or more paraphrases and facts of the same subject")
+    add("--seed", type=int, metavar="N", help="random order of the facts (default: the file's)")
+    add("--skip", type=int, default=0, metavar="N", help="leave out the first N of these")
+    add("--given", type=int, default=0, metavar="N", help="pass N paraphrases with each request; they are not scored")
     add("--corpus", type=Path, metavar="FILE", help="text for key statistics (default: the model's own)")
     add("--held-out", type=Path, metavar="FILE", help="text for perplexity")
     add("--held-out-tokens", type=int, default=120_000, metavar="N", help="of that text (default 120000)")
     add("--at", default="10,30,100", metavar="N,N,..", help="edit counts at which to evaluate")
     add("--batch-size", type=int, default=10, metavar="N")
+    add("--metrics", default=",".join(Plan.metrics), metavar="A,B,..", help="as for `coachhook eval`")
+    add("--passing", type=int, default=DEFAULT_PASSING, metavar="N", help="texts in passing, a fact")
     titles = [method.title for method in METHODS]
     add("--methods", default=",".join(titles), metavar="A,B,..", help=f"of {', '.join(titles)} (default: all)")
     add("--set", action="append", default=[], metavar="NAME=VALUE", help="an EditConfig setting, for all methods")
@@ -308,29 +311,37 @@ def main(arguments: Sequence[str] | None = None) -> None:
     unknown = sorted(set(wanted) - {method.title for method in METHODS})
     if unknown or not at or at[0] < 1:
         raise SystemExit(f"--methods has unknown {unknown}" if unknown else f"--at must name counts >= 1, got {at}")
-    if options.skip < 0:
-        raise SystemExit(f"--skip must be 0 or more, got {options.skip}")
+    for name in ("skip", "given"):
+        if getattr(options, name) < 0:
+            raise SystemExit(f"--{name} must be 0 or more, got {getattr(options, name)}")
     pairs = (one.partition("=") for one in options.set)
     settings = {name: number_in(yaml.safe_load(value)) for name, _, value in pairs}
     text = None if options.held_out is None else options.held_out.read_text(encoding="utf-8")
+    chosen = choose(
+        read_records(options.facts, kinds=options.kinds),
+        half=options.half, form=options.form, strict=options.strict, seed=options.seed,
+    )  # fmt: skip
+    records = [give(record, options.given) for record in chosen[options.skip : options.skip + at[-1]]]
+    if len(records) < at[-1]:
+        raise SystemExit(f"--at asks for {at[-1]} edits, {options.facts} holds {len(records)} such facts behind --skip")
     plan = Plan(
         model=options.model,
         config=EditConfig.from_dict(settings),
-        records=read_records(options.facts, limit=options.skip + at[-1])[options.skip :],
+        records=records,
         batch_size=options.batch_size,
         at=at,
         corpus=options.corpus,
         held_out=None if text is None else HeldOut(text, max_tokens=options.held_out_tokens),
         work=options.work,
+        metrics=tuple(options.metrics.split(",")),
+        passing=options.passing,
     )
-    if len(plan.records) < at[-1]:
-        raise SystemExit(f"--at asks for {at[-1]} edits, {options.facts} holds {len(plan.records)} behind --skip")
     rows: list[dict[str, Any]] = []
 
     def keep(row: dict[str, Any]) -> None:
         rows.append(row)
         write_table(rows, options.out)
-        print("  ".join(f"{name} {_cell(row.get(name))}" for name in COLUMNS), flush=True)
+        print("  ".join(f"{name} {cell(row.get(name))}" for name in COLUMNS), flush=True)
 
     for method in METHODS:
         if method.title in wanted:

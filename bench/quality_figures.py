@@ -11,13 +11,16 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-PANELS = ("reliability", "generality", "locality", "generation", "perplexity_ratio", "harmonic_mean", "delta_ratio")
+PANELS = (
+    "fact_score", "reliability", "paraphrase", "same_subject", "leak", "leak_passing",
+    "locality", "repeats", "generality", "perplexity_ratio", "delta_ratio",
+)  # fmt: skip
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Writes one PNG with a panel a metric and a line a method."""
     lines = _by_method(rows)
-    figure, axes = pyplot.subplots(2, 4, figsize=(16, 7), layout="constrained")
+    figure, axes = pyplot.subplots(3, 4, figsize=(16, 10), layout="constrained")
     for axis, name in zip(axes.flat, PANELS, strict=False):
         for title, points in lines.items():
             pairs = [(row["edits"], _value(row, name)) for row in points]
@@ -31,7 +34,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     axes.flat[-1].legend(*axes.flat[0].get_legend_handles_labels(), loc="center")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
-    gated = [row for row in rows if all("threshold_z" in layer for layer in row.get("layers", [{}]))]
+    gated = [row for row in rows if all("threshold_z" in layer for layer in row.get("layers") or [{}])]
     if gated:
         first = f"{gated[0]['method']} ({gated[0]['gate']})"  # the table's, whatever its counts
         draw_gate(_by_method(gated)[first], path.with_name(f"{path.stem}-gate.png"))

@@ -84,6 +84,25 @@ class Ours:
         return figures
 
 
+class Unedited:
+    """No method: what the table's columns are before any edit."""
+
+    def __init__(self, model: Any, tokenizer: Any, config: EditConfig, corpus: Any) -> None:
+        pass
+
+    def edit(self, requests: Sequence[EditRequest]) -> None:
+        pass
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def restore(self, folder: Path) -> None:
+        pass
+
+    def unload(self) -> None:
+        pass
+
+
 @dataclass(frozen=True)
 class Method:
     """A line of the table.
@@ -115,4 +134,5 @@ METHODS = (
     Method("memit", "none", Memit, AS_PUBLISHED),
     Method("alphaedit", "none", AlphaEdit, AS_PUBLISHED),
     Method("finetune", "none", FineTune),
+    Method("unedited", "none", Unedited),
 )

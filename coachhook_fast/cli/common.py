@@ -123,7 +123,10 @@ def load_records(arguments: argparse.Namespace) -> tuple[list[EditRecord], list[
     skipped: list[str] = []
     try:
         records = read_records(
-            arguments.facts, limit=arguments.limit, skipped=skipped if arguments.skip_invalid else None
+            arguments.facts,
+            kinds=getattr(arguments, "kinds", None),
+            limit=arguments.limit,
+            skipped=skipped if arguments.skip_invalid else None,
         )
     except RecursionError:
         raise ValueError(f"{arguments.facts} is nested too deeply") from None

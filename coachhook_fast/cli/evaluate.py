@@ -19,12 +19,14 @@ if TYPE_CHECKING:
     from coachhook_fast.evaluate.datasets import EditRecord
 
 NAME = "eval"
-HELP = "Score an edited model on facts: reliability, generality, locality, generation and more."
+HELP = "Score an edited model on facts: whether they are said, and what else of their subjects and of others moved."
 EXAMPLES = """examples:
   coachhook eval --model smollm2 --edits edits/ --facts examples/facts.jsonl
   coachhook eval --model smollm2 --edits cf/ --facts counterfact-edit.json --limit 30 --csv cf.csv --markdown cf.md
   coachhook eval --model smollm2 --edits cf/ --facts counterfact-edit.json --limit 30 \\
       --metrics accuracy,generation,fluency --perplexity wikitext2-valid.raw --json
+  coachhook eval --model smollm2 --edits cf/ --facts counterfact-edit.json --kinds counterfact-edit-kinds.jsonl \\
+      --metrics accuracy,specificity,leak,passing,repeats,said
   coachhook eval --model smollm2 --facts examples/facts.jsonl        # the unedited model
 
 docs/evaluation.md defines each metric. The unedited model's answers are computed once and kept in the cache.
@@ -36,8 +38,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_edits(parser, required=False)
     common.add_facts(parser)
     add, positive = parser.add_argument, common.positive
-    help_metrics = "of accuracy, probability, generation, fluency, drift (default: the first three)"
+    help_metrics = (
+        "of accuracy, probability, generation, specificity (these by default), leak, passing, repeats, said, fluency, "
+        "drift, or all"
+    )
     add("--metrics", type=common.names, metavar="A,B,..", help=help_metrics)
+    help_kinds = "says of each fact what its rephrase prompts ask, where --facts mixes paraphrases with others"
+    add("--kinds", type=Path, metavar="FILE", help=help_kinds)
+    add("--passing", type=positive, metavar="N", help="passing: texts a fact (default 5 of 20)")
     add("--perplexity", type=Path, metavar="FILE", help="held-out text; measures base and edited model")
     add("--window", type=positive, default=1024, metavar="N", help="its tokens a window (default 1024)")
     add("--stride", type=positive, metavar="N", help="tokens between windows (default: the window)")
@@ -65,7 +73,8 @@ def run(arguments: argparse.Namespace) -> Report:
     held_out = _held_out(arguments)
     records, skipped = common.load_records(arguments)
     model, tokenizer = common.load_model(arguments)
-    from coachhook_fast.evaluate import DEFAULT_METRICS, evaluate
+    from coachhook_fast.evaluate import DEFAULT_METRICS, METRICS, evaluate
+    from coachhook_fast.evaluate.passing import DEFAULT_PASSING
     from coachhook_fast.evaluate.scoring import DEFAULT_BATCH_TOKENS
     from coachhook_fast.hooks.load_edits import load_edits
 
@@ -80,12 +89,13 @@ def run(arguments: argparse.Namespace) -> Report:
         tokenizer,
         records,
         base=base,
-        metrics=arguments.metrics or DEFAULT_METRICS,
+        metrics=METRICS if arguments.metrics == ["all"] else arguments.metrics or DEFAULT_METRICS,
+        passing=arguments.passing or DEFAULT_PASSING,
         held_out=held_out,
         batch_tokens=batch_tokens,
         progress=True,
     )
-    _keep(base, path, arguments)  # with the base's perplexity
+    _keep(base, path, arguments)  # with the base's texts and perplexity
     if arguments.tasks:
         evaluation.tasks = run_tasks(model, tokenizer, arguments.tasks)
     if arguments.csv is not None:
@@ -145,13 +155,24 @@ def _keep(base: BaseAnswers, path: Path, arguments: argparse.Namespace) -> None:
 # Narrow heads, so that all metrics stand side by side.
 _HEADS = {
     "reliability": "relia-\nbility",
+    "paraphrase": "para-\nphrase",
+    "paraphrase_same_question": "p., same\nquestion",
+    "same_subject": "same\nsubject",
+    "leak": "leak",
+    "leak_passing": "in pass-\ning",
+    "portability": "porta-\nbility",
+    "repeats": "re-\npeats",
+    "said": "said",
+    "said_paraphrase": "s., para-\nphrase",
+    "said_question": "s., ques-\ntion",
+    "said_chat": "s., chat",
     "generality": "gener-\nality",
     "locality": "local-\nity",
     "locality_unedited": "unedi-\nted",
     "generation": "gener-\nation",
     "generation_rephrase": "gen. re-\nphrase",
     "efficacy": "effi-\ncacy",
-    "paraphrase": "para-\nphrase",
+    "rome_paraphrase": "ROME's\nparaphr.",
     "neighbourhood": "neigh-\nbourh.",
     "fluency": "flu-\nency",
     "drift": "drift",
@@ -183,6 +204,8 @@ def _show(console: Console, evaluation: Evaluation, details: bool) -> None:
     for name, value in evaluation.summary().items():
         if isinstance(value, (int, float)) and name != "edits":
             summary.add_row(name.replace("_", " "), format_number(value))
+    for name, value in evaluation.kinds().items():
+        summary.add_row(Text(name), format_number(value))
     console.print(summary)
     for task, results in evaluation.tasks.items():
         console.print(f"{task}: {results}", markup=False)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from coachhook_fast.evaluate.base import BaseAnswers
-from coachhook_fast.evaluate.datasets import EditRecord, read_records
+from coachhook_fast.evaluate.datasets import read_records
 from coachhook_fast.evaluate.generation import complete, fluency
 from coachhook_fast.evaluate.metrics import DEFAULT_METRICS, METRICS, HeldOut, evaluate
 from coachhook_fast.evaluate.perplexity import perplexity
+from coachhook_fast.evaluate.record import Consequence, EditRecord, Fact
 from coachhook_fast.evaluate.result import Evaluation, RecordResult
 from coachhook_fast.evaluate.scoring import Pair, Score, score_pairs
 
@@ -14,8 +15,10 @@ __all__ = [
     "DEFAULT_METRICS",
     "METRICS",
     "BaseAnswers",
+    "Consequence",
     "EditRecord",
     "Evaluation",
+    "Fact",
     "HeldOut",
     "Pair",
     "RecordResult",

@@ -9,65 +9,55 @@
 - Known facts (`attribute`): the attribute is the new and the old answer.
 - EasyEdit CounterFact, KnowEdit and our own JSONL (`prompt`): `target_new` replaces `ground_truth`;
   `rephrase_prompt` or a list `rephrase_prompts`; `locality_prompt` with `locality_ground_truth`, lists
-  `locality_prompts` with `locality_answers` (optional, entries may be null), or EasyEdit's nested `locality`.
-  Portability is not read.
+  `locality_prompts` with `locality_answers` (optional, entries may be null), or EasyEdit's nested `locality`;
+  `portability`, nested or a list; `paraphrases`, `same_subject`, `neighbors`, `form`, `relation`.
 
 A file is a JSON list of records, one JSON record, or JSON lines. A neighbour is a prompt whose answer must
-not change.
+not change. docs/evaluation.md has the table of fields.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from coachhook_fast.evaluate.fields import (
+    Asked,
+    Fields,
+    asked,
+    asked_in_groups,
+    asked_in_list,
+    get,
+    load,
+    naming,
+    optional_text,
+    text,
+    texts,
+)
+from coachhook_fast.evaluate.kinds import read_kinds, with_kinds
+from coachhook_fast.evaluate.record import Consequence, EditRecord, Fact, distinct_paraphrases
 from coachhook_fast.request import EditRequest
 
-Fields = dict[str, Any]
-Neighbours = tuple[tuple[str, ...], tuple[str | None, ...]]  # prompts, answers
+__all__ = ["Consequence", "EditRecord", "Fact", "read_records"]
 
 _ZSRE_LOCALITY_PREFIX = "nq question: "
 
 
-@dataclass(frozen=True)
-class EditRecord:
-    """One edit and the prompts that judge it.
-
-    Attributes:
-        request: the edit.
-        rephrase_prompts: other wordings that must give `request.target_new` too.
-        locality_prompts: neighbours, whose answers must stay as they were.
-        locality_answers: what follows each neighbour; None where the file does not say.
-
-    Raises:
-        ValueError: the neighbours and their answers differ in number, or a prompt is empty.
-    """
-
-    request: EditRequest
-    rephrase_prompts: tuple[str, ...] = ()
-    locality_prompts: tuple[str, ...] = ()
-    locality_answers: tuple[str | None, ...] = ()
-
-    def __post_init__(self) -> None:
-        if len(self.locality_prompts) != len(self.locality_answers):
-            raise ValueError(
-                f"locality_answers must have one entry (or null) a prompt: {len(self.locality_prompts)} "
-                f"locality_prompts, got {len(self.locality_answers)}"
-            )
-        for name in ("rephrase_prompts", "locality_prompts"):
-            for text in getattr(self, name):
-                if not text.strip():
-                    raise ValueError(f"{name} holds an empty prompt: {getattr(self, name)!r}")
-
-
-def read_records(path: str | Path, *, limit: int | None = None, skipped: list[str] | None = None) -> list[EditRecord]:
+def read_records(
+    path: str | Path,
+    *,
+    kinds: str | Path | None = None,
+    limit: int | None = None,
+    skipped: list[str] | None = None,
+) -> list[EditRecord]:
     """Reads the records of `path`, in the file's order.
 
     Args:
         path: the file; see the module's table for the formats.
+        kinds: a file that says what the records' rephrase prompts ask (`evaluate.kinds`), for files that do not
+            tell paraphrases from other prompts.
         limit: stop after this many records.
         skipped: None raises at a record that is no valid edit (its subject does not stand in its prompt, its
             target is empty). A list collects the message of each such record instead, and the record is left
@@ -76,67 +66,44 @@ def read_records(path: str | Path, *, limit: int | None = None, skipped: list[st
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is no JSON, empty or of no known format; a record lacks a field or, with
-        `skipped` None, is no valid edit. The message names the file, the record's index and the field.
+        `skipped` None, is no valid edit; `kinds` says nothing of a record. The message names the file, the
+        record's index and the field.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit}")
     path = Path(path)
-    raw = _load(path)
-    if not raw:
-        raise ValueError(f"{path} holds no records")
+    raw = load(path)
     read = _recognise(raw[0], path)
+    side = None if kinds is None else read_kinds(kinds)
     records: list[EditRecord] = []
     for index, fields in enumerate(raw):
         if len(records) == limit:
             break
-        where = f"{path}, record {index}"
-        if not isinstance(fields, dict):
-            raise ValueError(f"{where}: must be an object, got {type(fields).__name__}")
+        with naming(path, index, fields):
+            request, prompts = read(fields)
+        request.setdefault("case_id", fields.get("case_id", fields.get("known_id", index)))
         try:
-            arguments, rephrases, (neighbours, answers) = read(fields)
-        except _MissingField as missing:
-            raise ValueError(f"{where}: field {missing} is missing; it has {sorted(fields)}") from None
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{where}: {error}") from None
-        arguments.setdefault("case_id", fields.get("case_id", fields.get("known_id", index)))
-        try:
-            records.append(EditRecord(EditRequest(**arguments), rephrases, neighbours, answers))
+            record = EditRecord(EditRequest(**request), **prompts)
         except (TypeError, ValueError) as error:
             if skipped is None:
-                raise ValueError(f"{where}: {error}") from None
+                raise ValueError(f"{path}, record {index}: {error}") from None
             skipped.append(f"record {index}: {error}")
+            continue
+        if side is not None and kinds is not None:
+            with naming(path, index, fields):
+                record = with_kinds(record, side, kinds)
+        records.append(_complete(record))
     return records
 
 
-class _MissingField(Exception):
-    """The field named by str(self) is not in the record."""
+def _complete(record: EditRecord) -> EditRecord:
+    """The record with each paraphrase once and, where the file does not say it, the form of its prompt."""
+    prompt = record.request.text
+    form = record.form or ("question" if prompt.rstrip().endswith("?") else "cloze")
+    return replace(record, form=form, paraphrases=distinct_paraphrases(prompt, record.paraphrases))
 
 
-def _load(path: Path) -> list[Any]:
-    """The raw records of a JSON list, a single JSON object or JSON lines."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")  # editors on Windows begin files with a mark
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
-    try:
-        whole = json.loads(text)
-    except json.JSONDecodeError as error:
-        if text.lstrip()[:1] != "{":
-            raise ValueError(f"{path} is neither JSON nor JSON lines: {error}") from None
-        return list(_load_lines(path, text))
-    return whole if isinstance(whole, list) else [whole]
-
-
-def _load_lines(path: Path, text: str) -> Iterator[Any]:
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number} is not JSON: {error}") from None
-
-
-Reader = Callable[[Fields], tuple[dict[str, Any], tuple[str, ...], Neighbours]]
+Reader = Callable[[Fields], tuple[dict[str, Any], dict[str, Any]]]  # arguments of EditRequest and of EditRecord
 
 
 def _recognise(first: Any, path: Path) -> Reader:
@@ -157,108 +124,108 @@ def _recognise(first: Any, path: Path) -> Reader:
     )
 
 
-def _read_rome(fields: Fields) -> tuple[dict[str, Any], tuple[str, ...], Neighbours]:
-    rewrite = _get(fields, "requested_rewrite")
+def _read_rome(fields: Fields) -> tuple[dict[str, Any], dict[str, Any]]:
+    rewrite = get(fields, "requested_rewrite")
     if not isinstance(rewrite, dict):
         raise TypeError(f"requested_rewrite must be an object, got {rewrite!r}")
-    truth = _text(_get(rewrite, "target_true", "requested_rewrite."), "requested_rewrite.target_true")
-    arguments = {
-        "prompt": _get(rewrite, "prompt", "requested_rewrite."),
-        "subject": _get(rewrite, "subject", "requested_rewrite."),
-        "target_new": _text(_get(rewrite, "target_new", "requested_rewrite."), "requested_rewrite.target_new"),
+    truth = text(get(rewrite, "target_true", "requested_rewrite."), "requested_rewrite.target_true")
+    request = {
+        "prompt": get(rewrite, "prompt", "requested_rewrite."),
+        "subject": get(rewrite, "subject", "requested_rewrite."),
+        "target_new": text(get(rewrite, "target_new", "requested_rewrite."), "requested_rewrite.target_new"),
         "ground_truth": truth,
     }
-    neighbours = _texts(_get(fields, "neighborhood_prompts"), "neighborhood_prompts")
-    paraphrases = _texts(_get(fields, "paraphrase_prompts"), "paraphrase_prompts")
-    # ROME's neighbours share relation and object with the edit: their answer is the old one.
-    return arguments, paraphrases, (neighbours, (truth,) * len(neighbours))
-
-
-def _read_zsre(fields: Fields) -> tuple[dict[str, Any], tuple[str, ...], Neighbours]:
-    arguments = {
-        "prompt": _get(fields, "src"),
-        "subject": _get(fields, "subject"),
-        "target_new": _get(fields, "alt"),
-        "ground_truth": _text(_get(fields, "answers"), "answers"),
+    neighbours = texts(get(fields, "neighborhood_prompts"), "neighborhood_prompts")
+    paraphrases = texts(get(fields, "paraphrase_prompts"), "paraphrase_prompts")
+    return request, {
+        "rephrase_prompts": paraphrases,
+        "paraphrases": paraphrases,
+        # ROME's neighbours share relation and object with the edit: their answer is the old one.
+        "locality_prompts": neighbours,
+        "locality_answers": (truth,) * len(neighbours),
+        "relation": optional_text(rewrite, "relation_id"),
     }
-    locality = _text(_get(fields, "loc"), "loc").removeprefix(_ZSRE_LOCALITY_PREFIX)
-    answer = _text(_get(fields, "loc_ans"), "loc_ans")
-    return arguments, _texts(_get(fields, "rephrase"), "rephrase"), ((locality,), (answer,))
 
 
-def _read_known(fields: Fields) -> tuple[dict[str, Any], tuple[str, ...], Neighbours]:
+def _read_zsre(fields: Fields) -> tuple[dict[str, Any], dict[str, Any]]:
+    request = {
+        "prompt": get(fields, "src"),
+        "subject": get(fields, "subject"),
+        "target_new": get(fields, "alt"),
+        "ground_truth": text(get(fields, "answers"), "answers"),
+    }
+    locality = text(get(fields, "loc"), "loc").removeprefix(_ZSRE_LOCALITY_PREFIX)
+    answer = text(get(fields, "loc_ans"), "loc_ans")
+    paraphrases = texts(get(fields, "rephrase"), "rephrase")
+    return request, {
+        "rephrase_prompts": paraphrases,
+        "paraphrases": paraphrases,
+        "locality_prompts": (locality,),
+        "locality_answers": (answer,),
+    }
+
+
+def _read_known(fields: Fields) -> tuple[dict[str, Any], dict[str, Any]]:
     """A known fact as the edit that would confirm it: new and old answer are the same."""
-    attribute = _get(fields, "attribute")
-    prompt = fields.get("prompt") or _get(fields, "template")
-    arguments = {"prompt": prompt, "subject": _get(fields, "subject"), "target_new": attribute}
-    return {**arguments, "ground_truth": attribute}, (), ((), ())
+    attribute = get(fields, "attribute")
+    prompt = fields.get("prompt") or get(fields, "template")
+    request = {"prompt": prompt, "subject": get(fields, "subject"), "target_new": attribute}
+    return {**request, "ground_truth": attribute}, {}
 
 
-def _read_flat(fields: Fields) -> tuple[dict[str, Any], tuple[str, ...], Neighbours]:
-    arguments = {
-        "prompt": _text(_get(fields, "prompt"), "prompt"),
-        "subject": _text(_get(fields, "subject"), "subject"),
-        "target_new": _text(_get(fields, "target_new"), "target_new"),
+def _read_flat(fields: Fields) -> tuple[dict[str, Any], dict[str, Any]]:
+    request = {
+        "prompt": text(get(fields, "prompt"), "prompt"),
+        "subject": text(get(fields, "subject"), "subject"),
+        "target_new": text(get(fields, "target_new"), "target_new"),
     }
     if fields.get("ground_truth") is not None:
-        arguments["ground_truth"] = _text(fields["ground_truth"], "ground_truth")
-    rephrases: tuple[str, ...] = ()
-    for name in ("rephrase_prompt", "rephrase_prompts", "rephrase"):
-        if fields.get(name):
-            rephrases += _texts(fields[name], name)
-    return arguments, rephrases, _flat_neighbours(fields)
+        request["ground_truth"] = text(fields["ground_truth"], "ground_truth")
+    rephrases = {
+        name: texts(fields[name], name)
+        for name in ("rephrase_prompt", "rephrase_prompts", "rephrase")
+        if fields.get(name)
+    }
+    # In our own list they are paraphrases by definition; what EasyEdit's field asks differs from file to file.
+    paraphrases = rephrases.get("rephrase_prompts", ())
+    if fields.get("paraphrases"):
+        paraphrases += texts(fields["paraphrases"], "paraphrases")
+    neighbours = _flat_neighbours(fields)
+    return request, {
+        "rephrase_prompts": tuple(prompt for group in rephrases.values() for prompt in group),
+        "paraphrases": paraphrases,
+        "locality_prompts": tuple(prompt for prompt, _, _ in neighbours),
+        "locality_answers": tuple(answer for _, answer, _ in neighbours),
+        "locality_kinds": tuple(kind for _, _, kind in neighbours),
+        "same_subject": tuple(
+            Fact(*fact) for fact in asked_in_list(fields.get("same_subject") or [], "same_subject", "relation")
+        ),
+        "portability": _flat_portability(fields),
+        "form": optional_text(fields, "form"),
+        "relation": optional_text(fields, "relation"),
+    }
 
 
-def _flat_neighbours(fields: Fields) -> Neighbours:
+def _flat_neighbours(fields: Fields) -> list[Asked]:
     """Neighbours of EasyEdit's flat pair, of our lists, and of the nested `locality`."""
-    prompts: list[str] = []
-    answers: list[str | None] = []
-
-    def add(prompt: Any, answer: Any, name: str) -> None:
-        texts = _texts(prompt, name)
-        prompts.extend(texts)
-        if isinstance(prompt, list):
-            if not isinstance(answer, list) or len(answer) != len(texts):
-                raise ValueError(f"the {len(texts)} prompts of {name} need as many answers, got {answer!r}")
-            answers.extend(None if one is None else _text(one, name) for one in answer)
-        else:
-            answers.append(_text(answer, name))
-
+    found: list[Asked] = []
     if fields.get("locality_prompt"):
-        add(fields["locality_prompt"], _get(fields, "locality_ground_truth"), "locality_prompt")
+        found += asked(fields["locality_prompt"], get(fields, "locality_ground_truth"), "locality_prompt")
     if fields.get("locality_prompts"):
         own = fields["locality_prompts"]
-        add(own, fields.get("locality_answers") or [None] * len(own), "locality_prompts")
-    nested = fields.get("locality") or {}
-    if not isinstance(nested, dict):
-        raise TypeError(f"locality must be an object of groups, got {type(nested).__name__}")
-    for group, entries in nested.items():
-        for entry in entries if isinstance(entries, list) else [entries]:
-            name = f"locality.{group}"
-            if not isinstance(entry, dict):
-                raise TypeError(f"{name} must hold objects with 'prompt' and 'ground_truth', got {entry!r}")
-            add(_get(entry, "prompt", f"{name}."), _get(entry, "ground_truth", f"{name}."), name)
-    return tuple(prompts), tuple(answers)
+        found += asked(own, fields.get("locality_answers") or [None] * len(own), "locality_prompts")
+    found += asked_in_groups(fields.get("locality") or {}, "locality")
+    return [*found, *asked_in_list(fields.get("neighbors") or [], "neighbors", "kind")]
 
 
-def _get(fields: Fields, name: str, path: str = "") -> Any:
-    if name not in fields:
-        raise _MissingField(f"{path}{name}")
-    return fields[name]
-
-
-def _text(value: Any, name: str) -> str:
-    """A text, the first of a (nested) list of aliases, or `value["str"]`."""
-    while isinstance(value, (list, dict)) and value:
-        if isinstance(value, dict):
-            value = _get(value, "str", f"{name}.")
-        else:
-            value = value[0]
-    if not isinstance(value, str):
-        raise TypeError(f"{name} must be text, got {value!r}")
-    return value
-
-
-def _texts(value: Any, name: str) -> tuple[str, ...]:
-    """One text or a list of them."""
-    return tuple(_text(one, name) for one in value) if isinstance(value, list) else (_text(value, name),)
+def _flat_portability(fields: Fields) -> tuple[Consequence, ...]:
+    """Our list, or KnowEdit's groups by kind."""
+    value = fields.get("portability") or []
+    if not isinstance(value, dict):
+        return tuple(Consequence(*one) for one in asked_in_list(value, "portability", "kind"))
+    found = []
+    for prompt, answer, kind in asked_in_groups(value, "portability"):
+        if answer is None:
+            raise ValueError(f"portability.{kind} needs an answer to {prompt!r}")
+        found.append(Consequence(prompt, answer, kind))
+    return tuple(found)

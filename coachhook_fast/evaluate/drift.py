@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from coachhook_fast.evaluate.base import unedited
-from coachhook_fast.evaluate.datasets import EditRecord
+from coachhook_fast.evaluate.record import EditRecord
 from coachhook_fast.evaluate.scoring import DEFAULT_BATCH_TOKENS, left_padded
 from coachhook_fast.models.placement import input_device
 from coachhook_fast.progress import track

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from coachhook_fast.evaluate.scoring import DEFAULT_BATCH_TOKENS, Ids, check_batch_tokens, left_padded
+from coachhook_fast.evaluate.scoring import DEFAULT_BATCH_TOKENS, MAX_LOGITS, Ids, check_batch_tokens, left_padded
 from coachhook_fast.models.loading import context_length
 from coachhook_fast.models.placement import input_device
 from coachhook_fast.progress import track
@@ -57,7 +57,7 @@ def continue_greedily(
     device = input_device(model)
     ends = _end_tokens(model)
     with torch.no_grad(), track(description, len(prompts), "texts", progress) as bar:
-        for batch in _batches(prompts, lengths, batch_tokens):
+        for batch in _batches(prompts, lengths, batch_tokens, MAX_LOGITS // model.config.get_text_config().vocab_size):
             ids, mask, _ = left_padded([prompts[index] for index in batch], device)
             longest = max(lengths[index] for index in batch)
             if draws is not None:
@@ -158,14 +158,14 @@ class SeededTopK(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter(-1, best.indices, values)
 
 
-def _batches(prompts: Sequence[Ids], lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+def _batches(prompts: Sequence[Ids], lengths: Sequence[int], batch_tokens: int, most_rows: int) -> Iterator[list[int]]:
     """Indices of prompts that want as many tokens and are about as long."""
     order = sorted(range(len(prompts)), key=lambda index: (lengths[index], len(prompts[index])), reverse=True)
     batch: list[int] = []
     longest = 0
     for index in order:
         longest = max(longest, len(prompts[index]) + lengths[index])
-        if batch and (len(batch) + 1) * longest > batch_tokens:
+        if batch and ((len(batch) + 1) * longest > batch_tokens or len(batch) >= most_rows):
             yield batch
             batch, longest = [], len(prompts[index]) + lengths[index]
         batch.append(index)

@@ -1,7 +1,7 @@
 """`evaluate`: every metric of a set of edits in as few passes as possible.
 
-EasyEdit's reliability, generality and locality, ROME's successes by probability, exact match of greedy
-generation, fluency and perplexity; docs/evaluation.md defines them one by one.
+EasyEdit's reliability, generality and locality, ROME's successes by probability, what the edit does to the rest of its
+subject, what the model writes, fluency and perplexity; docs/evaluation.md defines them one by one.
 """
 
 from __future__ import annotations
@@ -12,18 +12,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from coachhook_fast.evaluate.answers import SCORED, AnswerPlan, score_answers
 from coachhook_fast.evaluate.base import BaseAnswers, unedited
-from coachhook_fast.evaluate.datasets import EditRecord
 from coachhook_fast.evaluate.drift import drift
 from coachhook_fast.evaluate.generation import continue_greedily, fluency
-from coachhook_fast.evaluate.mentions import names_any
+from coachhook_fast.evaluate.passing import DEFAULT_PASSING, passing_texts
 from coachhook_fast.evaluate.perplexity import perplexity
-from coachhook_fast.evaluate.result import Evaluation, RecordResult
-from coachhook_fast.evaluate.scoring import DEFAULT_BATCH_TOKENS, Ids, Pair, Score, score_pairs
-from coachhook_fast.request import encode_prompt_target
+from coachhook_fast.evaluate.record import EditRecord
+from coachhook_fast.evaluate.result import Evaluation, RecordResult, mean
+from coachhook_fast.evaluate.scoring import DEFAULT_BATCH_TOKENS
+from coachhook_fast.evaluate.texts import WRITTEN, TextPlan, write_texts
 
-METRICS = ("accuracy", "probability", "generation", "fluency", "drift")
-DEFAULT_METRICS = ("accuracy", "probability", "generation")
+METRICS = (*SCORED, "generation", *WRITTEN, "fluency", "drift")
+DEFAULT_METRICS = ("accuracy", "probability", "generation", "specificity")
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ def evaluate(
     base: BaseAnswers | None = None,
     metrics: Sequence[str] = DEFAULT_METRICS,
     held_out: HeldOut | None = None,
+    passing: int = DEFAULT_PASSING,
     seed: int = 0,
     batch_tokens: int = DEFAULT_BATCH_TOKENS,
     progress: bool = False,
@@ -65,20 +67,24 @@ def evaluate(
         base: the unedited model's answers; None computes them by turning the hooks off. The base's perplexity
             is added to it, so that the same object (or its file) serves every later evaluation.
         metrics: which of METRICS to measure: "accuracy" (reliability, generality, locality), "probability"
-            (efficacy, paraphrase, neighbourhood), "generation" (exact match), "fluency", "drift".
+            (efficacy, rome_paraphrase, neighbourhood), "specificity" (paraphrase, same_subject, portability, with
+            reliability and locality), "generation" (exact match), "leak" and "passing" (the new answer where it was
+            not asked for), "repeats", "said" (as a user meets the edit), "fluency", "drift".
         held_out: text for perplexity; None leaves it out.
+        passing: how many of the texts that mention its subject in passing a record is asked, 1..20.
         seed: of fluency's samples.
         batch_tokens: most tokens in one forward pass.
 
     Raises:
-        ValueError: records is empty, a metric is unknown, or `base` belongs to another model or other
-        records.
+        ValueError: records is empty, a metric is unknown, `passing` is not in 1..20, or `base` belongs to another
+        model or other records.
     """
     if not records:
         raise ValueError("records is empty: there is nothing to evaluate")
     unknown = sorted(set(metrics) - set(METRICS))
     if unknown:
         raise ValueError(f"metrics must be among {METRICS}, got {unknown}")
+    passing_texts("", passing)  # raises where there are not as many
     options: dict[str, Any] = {"batch_tokens": batch_tokens, "progress": progress}
     if base is None:
         base = BaseAnswers.collect(model, tokenizer, records, **options)
@@ -93,17 +99,19 @@ def evaluate(
         RecordResult(index, record.request.case_id, record.request.subject) for index, record in enumerate(records)
     ]
     subjects = {record.request.subject for record in records}
-    plans = [
-        _Plan.of(tokenizer, record, answers, subjects) for record, answers in zip(records, base.neighbours, strict=True)
-    ]
-    if "accuracy" in metrics or "probability" in metrics:
-        _score(model, plans, results, metrics, options)
+    answers = [AnswerPlan.of(tokenizer, record, base, index, subjects) for index, record in enumerate(records)]
+    if set(metrics) & set(SCORED):
+        score_answers(model, answers, results, metrics, **options)
     if "generation" in metrics:
-        _generate(model, tokenizer, plans, results, options)
+        _generate(model, tokenizer, answers, results, options)
+    # Passes of one token a text: as many texts at once as their cache, not a pass, has room for.
+    at_once = options | {"batch_tokens": 8 * batch_tokens}
+    if set(metrics) & set(WRITTEN):
+        texts = [TextPlan.of(tokenizer, record, passing) for record in records]
+        write_texts(model, tokenizer, texts, results, base, metrics, **at_once)
     if "fluency" in metrics:
         prompts = [record.request.text for record in records]
-        # passes of one token a text: as many texts at once as their cache, not a pass, has room for
-        fluencies = fluency(model, tokenizer, prompts, seed=seed, batch_tokens=8 * batch_tokens, progress=progress)
+        fluencies = fluency(model, tokenizer, prompts, seed=seed, **at_once)
         for result, value in zip(results, fluencies, strict=True):
             result.fluency = value
     if "drift" in metrics:
@@ -117,101 +125,19 @@ def evaluate(
     return evaluation
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """The pairs to score for one record."""
-
-    new: list[Pair]  # the new answer after the edit prompt and then the paraphrases
-    old: list[Pair]  # the old answer after the same, or nothing
-    neighbours: list[Pair]  # the neighbours' answers, or the base's next token where there is none
-    base: list[Ids]  # what the base predicts there
-    unedited: list[bool]  # whether the neighbour names no edited subject
-    # neighbours with an answer of their own: index, and the edit's new answer there
-    rivals: list[tuple[int, Pair]]
-
-    @classmethod
-    def of(cls, tokenizer: Any, record: EditRecord, base: list[Ids], subjects: set[str]) -> _Plan:
-        def pair(prompt: str, target: str) -> Pair:
-            prompt_ids, target_ids = encode_prompt_target(tokenizer, prompt, target)
-            return Pair(tuple(prompt_ids), tuple(target_ids))
-
-        request = record.request
-        prompts = (request.text, *record.rephrase_prompts)
-        truth = request.ground_truth
-        neighbours, rivals = [], []
-        for index, (prompt, answer) in enumerate(zip(record.locality_prompts, record.locality_answers, strict=True)):
-            if answer is None:
-                neighbours.append(Pair(pair(prompt, request.target_new).prompt, base[index]))
-            else:
-                neighbours.append(pair(prompt, answer))
-                rivals.append((index, pair(prompt, request.target_new)))
-        return cls(
-            new=[pair(prompt, request.target_new) for prompt in prompts],
-            old=[pair(prompt, truth) for prompt in prompts] if truth and truth.strip() else [],
-            neighbours=neighbours,
-            base=base,
-            unedited=[not names_any(prompt, subjects) for prompt in record.locality_prompts],
-            rivals=rivals,
-        )
-
-
-def _score(
-    model: Any,
-    plans: Sequence[_Plan],
-    results: Sequence[RecordResult],
-    metrics: Sequence[str],
-    options: dict[str, Any],
-) -> None:
-    """Fills in EasyEdit's and ROME's metrics from one scoring pass over all pairs."""
-    by_probability = "probability" in metrics
-    pairs: list[Pair] = []
-    for plan in plans:
-        pairs += plan.new + plan.neighbours
-        if by_probability:
-            pairs += plan.old + [pair for _, pair in plan.rivals]
-    # Identical pairs (a neighbour that serves many records) are scored once.
-    distinct = list(dict.fromkeys(pairs))
-    scores = dict(zip(distinct, score_pairs(model, distinct, **options), strict=True))
-    for plan, result in zip(plans, results, strict=True):
-        new = [scores[pair] for pair in plan.new]
-        near = [scores[pair] for pair in plan.neighbours]
-        if "accuracy" in metrics:
-            hits = [score.agreement(pair.target) for score, pair in zip(new, plan.new, strict=True)]
-            result.reliability = hits[0]
-            result.generality = _mean(hits[1:])
-            kept = [score.agreement(ids) for score, ids in zip(near, plan.base, strict=True)]
-            result.locality = _mean(kept)
-            result.locality_unedited = _mean([share for share, one in zip(kept, plan.unedited, strict=True) if one])
-        if by_probability:
-            if plan.old:
-                wins = [_prefers(a, scores[pair]) for a, pair in zip(new, plan.old, strict=True)]
-                result.efficacy = wins[0]
-                result.paraphrase = _mean(wins[1:])
-            result.neighbourhood = _mean([_prefers(near[index], scores[pair]) for index, pair in plan.rivals])
-
-
 def _generate(
     model: Any,
     tokenizer: Any,
-    plans: Sequence[_Plan],
+    plans: Sequence[AnswerPlan],
     results: Sequence[RecordResult],
     options: dict[str, Any],
 ) -> None:
     """Fills in the exact match of greedy generation, with as many tokens as the new answer has."""
-    pairs = [pair for plan in plans for pair in plan.new]
+    pairs = list(dict.fromkeys(pair for plan in plans for pair in plan.new))
     written = continue_greedily(model, [pair.prompt for pair in pairs], [len(pair.target) for pair in pairs], **options)
-    texts = iter(written)
+    texts = dict(zip(pairs, written, strict=True))
     for plan, result in zip(plans, results, strict=True):
-        mine = [next(texts) for _ in plan.new]
-        hits = [float(ids == pair.target) for ids, pair in zip(mine, plan.new, strict=True)]
+        hits = [float(texts[pair] == pair.target) for pair in plan.new]
         result.generation = hits[0]
-        result.generation_rephrase = _mean(hits[1:])
-        result.completion = tokenizer.decode(mine[0])
-
-
-def _prefers(one: Score, other: Score) -> float:
-    return float(one.mean_logprob > other.mean_logprob)
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return sum(values) / len(values) if values else None
+        result.generation_rephrase = mean(hits[1:])
+        result.completion = tokenizer.decode(texts[plan.new[0]])

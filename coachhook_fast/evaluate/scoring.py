@@ -25,11 +25,12 @@ from torch import Tensor
 from coachhook_fast.models.loading import context_length
 from coachhook_fast.models.placement import input_device
 from coachhook_fast.progress import track
+from coachhook_fast.request import encode_prompt_target
 
 Ids = tuple[int, ...]
 
 DEFAULT_BATCH_TOKENS = 1024
-_MAX_LOGITS = 1 << 25  # elements of one batch's logits: 128 MiB in fp32
+MAX_LOGITS = 1 << 25  # elements of one batch's logits: 128 MiB in fp32
 
 
 class Pair(NamedTuple):
@@ -99,6 +100,18 @@ def score_pairs(
     return [score for score in scores if score is not None]
 
 
+def score_distinct(model: Any, pairs: Sequence[Pair], **options: Any) -> dict[Pair, Score]:
+    """Scores by pair; one that serves many records is scored once. `options` are `score_pairs`'s."""
+    distinct = list(dict.fromkeys(pairs))
+    return dict(zip(distinct, score_pairs(model, distinct, **options), strict=True))
+
+
+def encode_pair(tokenizer: Any, prompt: str, target: str) -> Pair:
+    """`request.encode_prompt_target` as a pair."""
+    prompt_ids, target_ids = encode_prompt_target(tokenizer, prompt, target)
+    return Pair(tuple(prompt_ids), tuple(target_ids))
+
+
 def looks_ahead(model: Any) -> bool:
     """True where a token's output depends on later tokens: an enabled hook has the `sequence` gate."""
     return any(
@@ -165,7 +178,7 @@ def _batches(rows: Sequence[_Row], batch_tokens: int, vocabulary: int) -> Iterat
         kept = max(kept, row.kept)
         size = len(batch) + 1
         tokens = size * len(batch[0].tokens if batch else row.tokens)  # rows come longest first
-        if batch and (tokens > batch_tokens or size * kept * vocabulary > _MAX_LOGITS):
+        if batch and (tokens > batch_tokens or size * kept * vocabulary > MAX_LOGITS):
             yield batch
             batch, kept = [], row.kept
         batch.append(row)

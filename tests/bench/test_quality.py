@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 import sys
 import warnings
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from tiny import tiny_facts, tiny_model, tiny_texts, tiny_tokenizer
 
 from coachhook_fast import EditConfig, EditRequest, EditWarning
-from coachhook_fast.evaluate import HeldOut
+from coachhook_fast.evaluate import EditRecord, HeldOut
 from coachhook_fast.evaluate.datasets import read_records
 from coachhook_fast.evaluate.scoring import looks_ahead
 
@@ -23,6 +24,7 @@ BENCH = str(Path(__file__).resolve().parents[2] / "bench")
 if BENCH not in sys.path:
     sys.path.append(BENCH)
 quality: Any = importlib.import_module("quality")
+records: Any = importlib.import_module("quality_records")
 common: Any = importlib.import_module("baselines.common")
 
 CONFIG = EditConfig(
@@ -47,6 +49,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         subject = fact["subject"]
         fact |= {"rephrase_prompt": f"{subject} is a", "locality_prompt": other["prompt"].format(other["subject"])}
         fact |= {"prompt": fact["prompt"].format(subject), "locality_ground_truth": other["ground_truth"]}
+        fact |= {"paraphrases": [f"People say that {subject} is a", f"At work, {subject} is a"], "relation": "P106"}
+        fact["same_subject"] = [{"prompt": f"{subject} met", "answer": "a clerk"}]
     (folder / "facts.json").write_text(json.dumps(facts))
     (folder / "corpus.txt").write_text("\n\n".join(tiny_texts(12)))
     return folder
@@ -67,6 +71,9 @@ def rows_of(method: Any, settings: Any) -> list[dict[str, Any]]:
     return rows
 
 
+UNTIMED = {"seconds_per_edit": None, "evaluation_seconds": None}
+
+
 def comparable(row: dict[str, Any]) -> dict[str, Any]:
     """Without times, and numbers but for the last digits of fp32, which a tensor's place in memory can move."""
 
@@ -74,7 +81,8 @@ def comparable(row: dict[str, Any]) -> dict[str, Any]:
         return pytest.approx(value, rel=1e-5) if isinstance(value, float) else value
 
     layers = [{name: near(value) for name, value in layer.items()} for layer in row["layers"]]
-    return {name: near(value) for name, value in row.items()} | {"layers": layers, "seconds_per_edit": None}
+    kinds = {name: near(value) for name, value in row["kinds"].items()}
+    return {name: near(value) for name, value in row.items()} | {"layers": layers, "kinds": kinds} | UNTIMED
 
 
 class _Killed(BaseException):
@@ -102,7 +110,7 @@ def test_an_interrupted_run_ends_with_the_same_rows(
         with pytest.raises(_Killed):
             rows_of(method, plan(home, tmp_path / "cut"))
     resumed = rows_of(method, plan(home, tmp_path / "cut"))
-    assert [row | {"seconds_per_edit": None} for row in resumed] == [comparable(row) for row in whole]
+    assert [row | UNTIMED for row in resumed] == [comparable(row) for row in whole]
 
 
 def test_the_ungated_row_shares_the_gated_runs_edits(
@@ -135,13 +143,71 @@ def test_another_text_measures_perplexity_alone_again(
     assert [row["perplexity_ratio"] for row in after] == [pytest.approx(row["perplexity_ratio"]) for row in fresh]
 
 
+def test_a_stored_row_without_a_metric_is_evaluated_again(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method = METHODS["finetune/none"]
+    few = replace(plan(home, tmp_path), metrics=("accuracy",))
+    before = rows_of(method, few)
+    assert before[0]["paraphrase"] is None
+    monkeypatch.setattr(method.make, "edit", None)  # nothing is edited again
+    after = rows_of(method, plan(home, tmp_path))
+    assert all(row["fact_score"] is not None and row["said_question"] is not None for row in after)
+    assert [row["reliability"] for row in after] == [pytest.approx(row["reliability"]) for row in before]
+    stored = json.loads((tmp_path / "rows" / f"{few.run_key(method)}-none.json").read_text())
+    assert set(quality.Plan.metrics) == set(stored["2"]["metrics"])
+
+
+def test_the_unedited_model_has_a_row(home: Path, tmp_path: Path) -> None:
+    (row,) = rows_of(METHODS["unedited/none"], plan(home, tmp_path, at=(3,)))
+    assert (row["same_subject"], row["locality"], row["leak"], row["leak_passing"]) == (1, 1, 0, 0)
+    assert row["perplexity_ratio"] == pytest.approx(1)
+    assert set(quality.SCORES) <= set(row)
+
+
+def test_which_facts_are_edited(home: Path) -> None:
+    facts = read_records(home / "facts.json")
+    many = [EditRecord(EditRequest(**fact)) for fact in tiny_facts(40)]
+    for half, rest in (("A", 1), ("B", 2)):
+        subjects = [one.request.subject for one in records.choose(many, half=half)]
+        assert {int(hashlib.sha256(name.encode()).hexdigest(), 16) % 3 for name in subjects} == {rest}
+    assert records.choose(facts) == facts
+    assert records.choose(facts, strict=True) == []  # one other fact of each subject
+    more = [replace(one, same_subject=one.same_subject * 2) for one in facts[:3]]
+    assert records.choose([*more, *facts], strict=True) == more
+    assert records.choose(facts, form="question") == []
+    shuffled = records.choose(facts, seed=7)
+    assert shuffled != facts
+    assert sorted(map(facts.index, shuffled)) == list(range(7))
+    assert records.choose(facts, seed=7) == shuffled
+
+
+def test_paraphrases_that_are_given_are_not_scored(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fact = read_records(home / "facts.json")[0]
+    assert records.give(fact, 0) is fact
+    if not hasattr(fact.request, "paraphrases"):
+        with pytest.raises(SystemExit, match="--given needs an EditRequest that carries paraphrases"):
+            records.give(fact, 1)
+
+        @dataclass(frozen=True)
+        class Carrying(EditRequest):
+            paraphrases: tuple[str, ...] = ()
+
+        monkeypatch.setattr(records, "EditRequest", Carrying)
+        fact = replace(fact, request=Carrying(**vars(fact.request)))
+    told = records.give(fact, 1)
+    assert told.request.paraphrases == fact.paraphrases[:1]
+    assert told.paraphrases == fact.paraphrases[1:]
+    assert records.facts_key([told]) != records.facts_key([fact])
+
+
 def test_the_command_writes_every_form(home: Path, tmp_path: Path) -> None:
     settings = [f"{name}={json.dumps(value)}" for name, value in CONFIG.to_dict().items() if value is not None]
     quality.main(
         [
             "--model", str(home / "model"), "--facts", str(home / "facts.json"), "--corpus", str(home / "corpus.txt"),
             "--held-out", str(home / "corpus.txt"), "--at", "2", "--batch-size", "2", "--work", str(tmp_path / "work"),
-            "--methods", "finetune/none,memit/none", "--out", str(tmp_path / "table"),
+            "--methods", "finetune/none,memit/none", "--out", str(tmp_path / "table"), "--seed", "1",
             *(part for one in settings for part in ("--set", one)),
         ]
     )  # fmt: skip
@@ -157,7 +223,7 @@ def test_the_command_writes_every_form(home: Path, tmp_path: Path) -> None:
         "--out",
         "x",
     ]
-    with pytest.raises(SystemExit, match="holds 1 behind --skip"):
+    with pytest.raises(SystemExit, match="holds 1 such facts behind --skip"):
         quality.main(short)
     rows = json.loads((tmp_path / "table.json").read_text())
     assert [row["method"] for row in rows] == ["memit", "finetune"]  # the table's order, ours first where it is there

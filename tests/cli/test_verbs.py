@@ -123,6 +123,33 @@ def test_eval_of_the_base_model_is_local(home: Path, capsys: pytest.CaptureFixtu
     assert (home / "base.json").is_file()
 
 
+def test_eval_of_the_edited_subject(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [json.loads(line) for line in (home / "facts.jsonl").read_text().splitlines()[:2]]
+    for number, line in enumerate(lines):
+        line |= {"rephrase_prompt": line.pop("rephrase_prompts"), "relation": "P106", "case_id": number}
+        line["same_subject"] = [{"prompt": f"{line['subject']} met", "answer": "a clerk"}]
+    kinds = [{"case_id": number, "rephrase_kind": "other", "paraphrases": [f"At work {number}"]} for number in range(2)]
+    for name, objects in (("subject.jsonl", lines), ("kinds.jsonl", kinds)):
+        (home / name).write_text("\n".join(map(json.dumps, objects)))
+    arguments = ["eval", *model(home), *edits(home), "--facts", str(home / "subject.jsonl"), "--metrics", "all"]
+    split = ["--kinds", str(home / "kinds.jsonl"), "--passing", "2"]
+    data = run_json(capsys, *arguments, *split)
+    names = {"fact_score", "paraphrase", "same_subject", "leak", "leak_passing", "repeats", "said", "said_question"}
+    assert all(data[name] is not None for name in names)
+    assert list(data["kinds"]) == ["generality/other"]
+    (kept,) = (
+        path
+        for path in (home / "cache" / "base-answers").glob("*.json")
+        if len(json.loads(path.read_text())["written"])
+    )
+    assert run_json(capsys, *arguments, *split) == {**data, "seconds": pytest.approx(0, abs=60)}
+    assert "generality/other" in run_text(capsys, *arguments, *split, "--details")
+    assert run_json(capsys, *arguments)["paraphrase"] is None  # nobody says what the rephrase prompts ask
+    kept.write_text(json.dumps({"version": 1, "model": "m", "records": "r", "neighbours": []}))
+    assert "version 1, this package reads 2" in fails(capsys, *arguments, *split, "--base", str(kept))
+    assert "passing must be in 1..20" in fails(capsys, *arguments, "--passing", "21")
+
+
 def test_eval_passes_tasks_to_lm_eval(
     home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

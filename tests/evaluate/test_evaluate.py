@@ -76,7 +76,7 @@ def test_metrics_equal_their_definitions() -> None:
         assert found.reliability == accuracies[0]
         assert found.generality == sum(accuracies[1:]) / 2
         assert found.efficacy == wins[0]
-        assert found.paraphrase == sum(wins[1:]) / 2
+        assert found.rome_paraphrase == sum(wins[1:]) / 2
 
         prompt, answer = record.locality_prompts[0], record.locality_answers[0]
         assert answer is not None
@@ -232,11 +232,17 @@ def test_result_forms() -> None:
     assert json.loads(result.to_json())["records"][0]["subject"] == "Ada, the first"
     lines = result.to_csv().splitlines()
     assert lines[0].startswith("index,case_id,subject,reliability")
-    assert lines[1].startswith('0,a,"Ada, the first",1.0,0.5,1.0')
+    values = dict(zip(lines[0].split(","), lines[1].replace("Ada, the first", "Ada").split(","), strict=False))
+    assert (values["reliability"], values["generality"], values["locality"], values["leak"]) == (
+        "1.0",
+        "0.5",
+        "1.0",
+        "",
+    )
     head, rule, cells, *_ = result.to_markdown().split("\n")
-    assert "| reliability | generality | locality |" in head
+    assert "| reliability | locality | generality |" in head
     assert head.count("|") == rule.count("|") == cells.count("|")
-    assert "| 0.750 | 0.500 | 1.000 |" in cells
+    assert "| 0.750 | 1.000 | 0.500 |" in cells
 
 
 def test_harmonic_mean() -> None:
