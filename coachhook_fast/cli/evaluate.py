@@ -205,7 +205,7 @@ def _show(console: Console, evaluation: Evaluation, details: bool) -> None:
         if isinstance(value, (int, float)) and name != "edits":
             summary.add_row(name.replace("_", " "), format_number(value))
     for name, value in evaluation.kinds().items():
-        summary.add_row(Text(name), format_number(value))
+        summary.add_row(cell(name), format_number(value))
     console.print(summary)
     for task, results in evaluation.tasks.items():
         console.print(f"{task}: {results}", markup=False)
