@@ -63,7 +63,7 @@ def _demo(arguments: argparse.Namespace) -> int:
     untouched = all(bool((names[name] == value).all()) for name, value in base_weights.items())
     console.print(f"base weights untouched, bit for bit: [bold]{untouched}[/]")
 
-    editor.save_pretrained(arguments.out)
+    editor.save_pretrained(arguments.out, overwrite=True)  # an earlier demo's
     size_kib = sum(path.stat().st_size for path in arguments.out.iterdir()) / 1024
     console.print(f"saved {editor.edit_set.num_edits} edits to {arguments.out} ({size_kib:,.0f} KiB)")
     reloaded = _in_a_new_process(arguments)

@@ -381,10 +381,11 @@ class Editor:
         if self._recalibrate:
             self.collect_statistics()
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Writes the edit set (safetensors + JSON); see `store.save`."""
+    def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> None:
+        """Writes the edit set (safetensors + JSON). `overwrite`: also over an edit set that this one does not go on
+        from, which is a ConflictError otherwise; see `store.save`."""
         self._settle_thresholds()
-        store.save(self.edit_set, Path(folder))
+        store.save(self.edit_set, Path(folder), overwrite=overwrite)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Uploads the edit set to the Hugging Face hub; see `store.push_to_hub`."""
