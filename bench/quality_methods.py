@@ -47,7 +47,7 @@ class Ours:
         return self.editor
 
     def save(self, folder: Path) -> None:
-        self.editor.save_pretrained(folder)
+        self.editor.save_pretrained(folder, overwrite=True)  # of a run that was interrupted
 
     def restore(self, folder: Path) -> None:
         self.editor.unload()
