@@ -68,13 +68,13 @@ class TargetRows:
         row_kept: list[int] = []
         for position, tokens in enumerate(batch):
             for number, row in enumerate((*tokens.asking, *tokens.held)):
-                continues = row is tokens.bare and config.continuation_factor > 0
+                continues = number == len(tokens.rows) - 1 and config.continuation_factor > 0
                 fed = row.target if whole_rows or continues else row.target[:-1]
                 texts.append([*row.prompt, *fed])
                 lookups.append(row.lookup)
                 first = len(row.prompt) - 1 - row.lookup
                 predictions += [(position, number, first + i, token) for i, token in enumerate(row.target)]
-                bare += [row is tokens.bare] * len(row.target)
+                bare += [number == len(tokens.rows) - 1] * len(row.target)
                 weights += [1.0 / len(tokens.asking) / len(row.target)] * len(row.target)
                 if continues:
                     fixed.append((position, number, first + len(row.target)))
