@@ -22,6 +22,7 @@ from coachhook_fast.progress import track
 
 FLUENCY_TOKENS = 100  # of text a prompt, as ROME
 _FLUENCY_TOP_K = 5
+_UNWANTED = 8  # more steps than these are worth a batch of its own
 _NGRAM_WEIGHTS = {2: 2 / 3, 3: 4 / 3}
 
 
@@ -165,7 +166,9 @@ def _batches(prompts: Sequence[Ids], lengths: Sequence[int], batch_tokens: int, 
     longest = 0
     for index in order:
         longest = max(longest, len(prompts[index]) + lengths[index])
-        if batch and ((len(batch) + 1) * longest > batch_tokens or len(batch) >= most_rows):
+        unwanted = lengths[batch[0]] - lengths[index] if batch else 0  # steps that this row would only sit through
+        full = (len(batch) + 1) * longest > batch_tokens or len(batch) >= most_rows
+        if batch and (full or unwanted > _UNWANTED):
             yield batch
             batch, longest = [], len(prompts[index]) + lengths[index]
         batch.append(index)

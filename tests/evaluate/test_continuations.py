@@ -11,6 +11,7 @@ from tiny import tiny_model, tiny_texts, tiny_tokenizer
 from coachhook_fast.evaluate import (
     complete,
     fluency,
+    generation,
 )
 from coachhook_fast.evaluate.generation import continue_greedily, ngram_entropy
 
@@ -69,3 +70,12 @@ def test_fluency_does_not_depend_on_the_batch() -> None:
 
 
 # -------------------------------------------------------------------- perplexity
+
+
+def test_a_text_does_not_wait_for_a_much_longer_one() -> None:
+    """A batch writes as many tokens as its longest text wants."""
+    lengths = [24, 64, 3, 24, 64, 2]
+    prompts = [(5, 6, 7)] * len(lengths)
+    batches = [[lengths[index] for index in batch] for batch in generation._batches(prompts, lengths, 10_000, 100)]
+    assert batches == [[64, 64], [24, 24], [3, 2]]
+    assert [len(batch) for batch in generation._batches(prompts[:4], [24] * 4, 10_000, 3)] == [3, 1]
