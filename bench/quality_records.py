@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
+from typing import Any
 
-from coachhook_fast import EditRequest
 from coachhook_fast.evaluate import EditRecord
 
 HALVES = {"A": 1, "B": 2}  # sha256 of the subject, mod 3: settings are chosen on A and reported on B
@@ -40,22 +40,13 @@ def part(record: EditRecord) -> int:
 
 
 def give(record: EditRecord, count: int) -> EditRecord:
-    """The record with its first `count` paraphrases in the request; these are not scored.
-
-    Raises:
-        SystemExit: this version's requests carry no paraphrases.
-    """
-    if count == 0:
-        return record
-    if "paraphrases" not in {one.name for one in fields(EditRequest)}:
-        raise SystemExit("--given needs an EditRequest that carries paraphrases")
-    given: dict[str, tuple[str, ...]] = {"paraphrases": record.paraphrases[:count]}
-    return replace(record, request=replace(record.request, **given), paraphrases=record.paraphrases[count:])
+    """The record with its first `count` paraphrases in the request; these are not scored."""
+    request = replace(record.request, paraphrases=record.request.paraphrases + record.paraphrases[:count])
+    return replace(record, request=request, paraphrases=record.paraphrases[count:])
 
 
-def facts_key(records: Sequence[EditRecord]) -> list[tuple[str, ...]]:
+def facts_key(records: Sequence[EditRecord]) -> list[Any]:
     """What methods are told of each record."""
-    return [
-        (one.text, one.subject, one.target_new, *getattr(one, "paraphrases", ()), *getattr(one, "keep", ()))
-        for one in (record.request for record in records)
-    ]
+    requests = [record.request for record in records]
+    more = [[one.paraphrases, one.keep] if one.paraphrases or one.keep else [] for one in requests]
+    return [(one.text, one.subject, one.target_new, *rest) for one, rest in zip(requests, more, strict=True)]
