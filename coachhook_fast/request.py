@@ -48,6 +48,8 @@ class EditRequest:
                 raise ValueError(f"EditRequest.{name} is empty: {value!r} (case {self.case_id})")
         if self.ground_truth is not None and not isinstance(self.ground_truth, str):
             raise TypeError(f"EditRequest.ground_truth must be a string or None, got {self.ground_truth!r}")
+        if isinstance(self.case_id, bool) or not isinstance(self.case_id, (int, str, type(None))):
+            raise TypeError(f"EditRequest.case_id must be an integer, a string or None, got {self.case_id!r}")
         for name in ("paraphrases", "keep"):
             value = getattr(self, name)
             if isinstance(value, str) or not isinstance(value, (list, tuple)):
@@ -107,18 +109,22 @@ class EditRequest:
                 rows.append(prompt_row(tokenizer, context, self.subject, self.target_new))
             else:
                 rows.append(prompt_row(tokenizer, self.prompt, self.subject, self.target_new, before=context))
-        others = [
-            prompt_row(tokenizer, text, self.subject, self.target_new) for text in (*self.paraphrases, *paraphrases)
-        ]
-        kept = [prompt_row(tokenizer, text, self.subject) for text in (*self.keep, *keep)]
-        facts = [prompt_row(tokenizer, fact.prompt, fact.subject, fact.target_new) for fact in earlier]
+        prefix = next((context for context in contexts if SLOT not in context), "")
+
+        def row(prompt: str, subject: str, target: str | None = None) -> TokenRow:
+            bare = prompt_row(tokenizer, prompt, subject, target)
+            return bare if bare.lookup else prompt_row(tokenizer, prompt, subject, target, before=prefix)
+
+        others = [row(text, self.subject, self.target_new) for text in (*self.paraphrases, *paraphrases)]
+        kept = [row(text, self.subject) for text in (*self.keep, *keep)]
+        facts = [row(fact.prompt, fact.subject, fact.target_new) for fact in earlier]
         return TokenisedRequest(
             self,
             tuple(rows),
             prompt_row(tokenizer, f"{SLOT} is a", self.subject),
-            paraphrases=tuple(row for row in others if row.lookup > 0),
-            keep=tuple(row for row in kept if row.lookup > 0),
-            held=tuple(row for row in facts if row.lookup > 0),
+            paraphrases=tuple(found for found in others if found.lookup),
+            keep=tuple(found for found in kept if found.lookup),
+            held=tuple(found for found in facts if found.lookup),
         )
 
 
@@ -167,8 +173,8 @@ class TokenisedRequest:
 
     Attributes:
         paraphrases: further prompts with the target; keep: prompts whose continuation must stay; held: prompts and
-            targets of earlier facts about the subject. None of them has its subject on the first token of the text,
-            where a model without BOS cannot tell subjects apart.
+            targets of earlier facts about the subject. Where the subject would stand on the first token
+            of the text, at which a model without BOS cannot tell subjects apart, a context stands before it.
     """
 
     request: EditRequest

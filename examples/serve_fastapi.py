@@ -62,6 +62,8 @@ class Edit(BaseModel):
     prompt: str
     subject: str
     target_new: str
+    paraphrases: list[str] = []
+    keep: list[str] = []
 
 
 class Edits(BaseModel):

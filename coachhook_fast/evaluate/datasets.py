@@ -10,7 +10,8 @@
 - EasyEdit CounterFact, KnowEdit and our own JSONL (`prompt`): `target_new` replaces `ground_truth`;
   `rephrase_prompt` or a list `rephrase_prompts`; `locality_prompt` with `locality_ground_truth`, lists
   `locality_prompts` with `locality_answers` (optional, entries may be null), or EasyEdit's nested `locality`;
-  `portability`, nested or a list; `paraphrases`, `same_subject`, `neighbors`, `form`, `relation`.
+  `portability`, nested or a list; `paraphrases`, `same_subject`, `neighbors`, `form`, `relation`. What the
+  edit itself is given: `given_paraphrases`, `keep` (`EditRequest`).
 
 A file is a JSON list of records, one JSON record, or JSON lines. A neighbour is a prompt whose answer must
 not change. docs/evaluation.md has the table of fields.
@@ -174,13 +175,16 @@ def _read_known(fields: Fields) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _read_flat(fields: Fields) -> tuple[dict[str, Any], dict[str, Any]]:
-    request = {
+    request: dict[str, Any] = {
         "prompt": text(get(fields, "prompt"), "prompt"),
         "subject": text(get(fields, "subject"), "subject"),
         "target_new": text(get(fields, "target_new"), "target_new"),
     }
     if fields.get("ground_truth") is not None:
         request["ground_truth"] = text(fields["ground_truth"], "ground_truth")
+    for name, field in (("paraphrases", "given_paraphrases"), ("keep", "keep")):
+        if fields.get(field):
+            request[name] = texts(fields[field], field)
     rephrases = {
         name: texts(fields[name], name)
         for name in ("rephrase_prompt", "rephrase_prompts", "rephrase")

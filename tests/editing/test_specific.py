@@ -8,12 +8,16 @@ from typing import Any
 import pytest
 import torch
 from editor_cases import CONFIG, edit, facts, logits, make
-from tiny import tiny_tokenizer
+from tiny import tiny_model, tiny_tokenizer
 
 from coachhook_fast.config import PAPER, SPECIFIC, EditConfig
+from coachhook_fast.editing.keys import bare_outputs
 from coachhook_fast.editing.targets.descent import NormalisedDescent
-from coachhook_fast.editing.targets.wordings import read_wordings
-from coachhook_fast.request import EditRequest, tokenise_batch
+from coachhook_fast.editing.targets.optimise import FURTHER_STEPS, KEPT_A_STEP, STEP_SHARE, optimise
+from coachhook_fast.editing.targets.wordings import Wordings, read_wordings
+from coachhook_fast.models.architectures import layout_of
+from coachhook_fast.models.passes.forward import PartialModel, frozen
+from coachhook_fast.request import EditRequest, TokenisedRequest, TokenRow, tokenise_batch
 
 
 def test_descent_is_a_loop_over_rows() -> None:
@@ -34,6 +38,116 @@ def test_descent_is_a_loop_over_rows() -> None:
                 rows[row] = moved * min(1.0, float(bounds[row] / moved.norm()))
     torch.testing.assert_close(descent.rows.detach(), rows)
     assert bool((descent.rows[2] == 0).all())
+
+
+KEEP = (
+    "Some say that {} was born in",
+    "It seems that {} lives in",
+    "We know that {} died in",
+    "So {} speaks",
+    "Then {}",
+)
+WORDINGS = ("They say that {} works as a", "The job of {} is")
+EARLIER = EditRequest("It is said that {} came from", "Ada Vale", "north sea")
+
+
+def plain_value(model: Any, block: Any, tokens: TokenisedRequest, config: EditConfig) -> tuple[torch.Tensor, int]:
+    """v* of one request by the definition: whole model, whole texts, each of them alone, every prompt to keep that the
+    step has."""
+    v0: list[torch.Tensor] = []
+
+    def log_p(row: TokenRow, delta: torch.Tensor | None) -> torch.Tensor:
+        def shift(_: Any, __: Any, output: Any) -> Any:
+            hidden = output[0] if isinstance(output, tuple) else output
+            if not v0:
+                v0.append(hidden[0, row.lookup].detach().clone())
+            if delta is not None:
+                hidden = hidden.clone()
+                hidden[0, row.lookup] = hidden[0, row.lookup] + delta
+            return (hidden,) if isinstance(output, tuple) else hidden
+
+        handle = block.register_forward_hook(shift)
+        try:
+            return model(torch.tensor([row.prompt + row.target])).logits[0].log_softmax(-1)
+        finally:
+            handle.remove()
+
+    def at_target(row: TokenRow, delta: torch.Tensor) -> torch.Tensor:
+        return log_p(row, delta)[len(row.prompt) - 1 : -1]
+
+    kept = [(tokens.kl, tokens.kl.lookup), *((row, len(row.prompt) - 1) for row in tokens.keep)]
+    with torch.no_grad():
+        log_p(tokens.bare, None)
+        clean = [log_p(row, None)[place] for row, place in kept]
+    length, planned = float(v0[0].norm()), config.v_num_grad_steps
+    parts = max(1, math.ceil(config.found_keep / KEPT_A_STEP))
+    delta, mean = torch.zeros_like(v0[0], requires_grad=True), torch.zeros_like(v0[0])
+    for step in range(FURTHER_STEPS * planned):
+        share = len(tokens.asking)
+        predicted = [at_target(row, delta) for row in (*tokens.asking, *tokens.held)]
+        loss = config.v_weight_decay * delta.norm() / length**2
+        for row, found in zip((*tokens.asking, *tokens.held), predicted, strict=True):
+            loss = loss - found.gather(1, torch.tensor(row.target)[:, None]).mean() / share
+        for number, ((row, place), before) in enumerate(zip(kept, clean, strict=True), -1):
+            if number >= 0 and number % parts != step % parts:
+                continue
+            weight = config.kl_factor if number < 0 else parts * config.keep_factor / len(tokens.keep)
+            loss = loss + weight * (before.exp() * (before - log_p(row, delta)[place])).sum()
+        said = predicted[len(tokens.rows) - 1].argmax(-1).tolist() == list(tokens.bare.target)
+        if loss < config.v_loss_threshold or (said and step >= planned):
+            return (v0[0] + delta).detach(), step
+        (gradient,) = torch.autograd.grad(loss, delta)
+        with torch.no_grad():
+            mean = 0.5 * mean + 0.5 * gradient
+            rate = 0.1 + 0.45 * (1 + math.cos(math.pi * step / (planned - 1))) if step < planned else 0.4
+            moved = delta - STEP_SHARE * length * rate * mean / mean.norm()
+            delta = (moved * min(1.0, config.clamp_norm_factor * length / float(moved.norm()))).requires_grad_()
+    return (v0[0] + delta).detach(), FURTHER_STEPS * planned
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_values_are_those_of_the_plain_definition_however_requests_are_grouped(family: str) -> None:
+    model, tokenizer = tiny_model(family, dtype=torch.float64), tiny_tokenizer()
+    config = EditConfig(**SPECIFIC, v_num_grad_steps=5, v_loss_threshold=0.0, keep_factor=0.5, clamp_norm_factor=20.0)
+    partial, last = PartialModel(model, layout_of(model)), 2
+    # Where the subject ends the prompt δ stands where the target is read, and has it said sooner or later.
+    ending = EditRequest("They say it was {}", "Bo Lind", "the")
+    batch = [request.tokenise(tokenizer, ["The old town"]) for request in (*facts(2), ending)]
+    batch.append(
+        EditRequest("It is said that {} works as a", "Ada Vale", "north sea", paraphrases=WORDINGS[:1], keep=KEEP)
+        .tokenise(tokenizer, ["The old town"], paraphrases=WORDINGS[1:], keep=KEEP[::-1], earlier=[EARLIER])
+    )  # fmt: skip
+    with frozen(model):
+        v0 = bare_outputs(partial, last, batch, pad_id=0, max_tokens=400)
+        found = optimise(partial, last, batch, v0, config, pad_id=0, whole_rows=False)
+        alone = optimise(partial, last, batch, v0, config, pad_id=0, whole_rows=False, only=[3])
+        wanted = [plain_value(model, partial.blocks[last], tokens, config) for tokens in batch]
+    assert [target.steps for target in found] == [steps for _, steps in wanted]
+    assert len({target.steps for target in found}) > 1, "no target is said in further steps, or all are"
+    for target, (value, _) in zip(found, wanted, strict=True):
+        assert float((target.value - value).norm() / value.norm()) < 1e-8
+    assert float((found[3].value - alone[0].value).norm() / alone[0].value.norm()) < 1e-8
+
+
+def test_nothing_is_kept_that_the_batch_asks_about_the_subject() -> None:
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    wordings = Wordings(PartialModel(model, layout_of(model)), tokenizer, pad_id=0)
+    work = EditRequest("{} works as a", "Ada Vale", "pilot", paraphrases=["The home of {} is in"])
+    birth = EditRequest("{} was born in", "ada vale", "Oslo")
+    (paraphrases, keep), _ = wordings.find([work, birth], paraphrases=3, keep=500)
+    asked = [
+        wording for wording in wordings.bank if wording.text in ("The home of {} is in", birth.prompt, work.prompt)
+    ]
+    same = {
+        wording.text
+        for wording in wordings.bank
+        if (wording.kind, wording.relation) in {(one.kind, one.relation) for one in asked}
+    }
+    assert keep
+    assert not same & set(keep)
+    assert len(paraphrases) <= 2
+    assert not {work.prompt, *work.paraphrases} & set(paraphrases)
+    assert wordings.find([work, birth], paraphrases=3, keep=500)[0] == (paraphrases, keep)  # nothing is drawn anew
 
 
 def test_every_wording_has_one_slot_and_no_two_are_alike_in_one_question() -> None:

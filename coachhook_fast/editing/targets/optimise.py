@@ -3,14 +3,15 @@
 For each request, δ minimises
 
     mean over contexts of NLL(target | context + prompt) + kl_factor KL(p0 || pδ) + v_weight_decay ||δ|| / ||v0||²
-    + continuation_factor KL(p0 || pδ after the target)
+    + keep_factor mean over prompts to keep of KL(p0 || pδ) + continuation_factor KL(p0 || pδ after the target)
 
-The last term is not the paper's and off by default (docs/notes/drift.md).
+Paraphrases count among the contexts; targets of earlier facts about the subject add their NLL. The last two terms are
+not the paper's (docs/experiments/specificity.md, docs/notes/drift.md).
 
 What does not depend on δ is computed once: the blocks up to the last edited one, and in the blocks above it the keys
 and values of all tokens before the lookup position, which act as a fixed cache. A step then runs the upper blocks over
 the few tokens from the lookup position on, and the output head at the target positions only. Every request has its own
-δ, Adam state, projection and stopping rule; a request that has converged leaves the batch, on a GPU as soon as that
+δ, descent, projection and stopping rule; a request that has converged leaves the batch, on a GPU as soon as that
 saves more than recording the smaller step anew costs (recorded.py).
 
 Requests about one subject have nearly parallel keys: a layer cannot map one key to two values, and would give both the
@@ -50,8 +51,8 @@ _LENGTHENING = 1.2
 # Without a learning rate of its own a request's δ moves by about this share of ||v0|| a step.
 STEP_SHARE = 0.35
 
-# Prompts to keep that a step reads, of those of a request: each step other ones. As many in every step would cost as
-# many times more; ever the same few would be kept and nothing else (docs/experiments/specificity.md).
+# Of the prompts to keep that are found for a request a step reads about so many, the next step others: all in every
+# step would cost as many times more, ever the same few would keep nothing else (docs/experiments/specificity.md).
 KEPT_A_STEP = 6
 
 # A target that is not said after the steps planned gets up to so many times as many.
@@ -170,7 +171,7 @@ class _Problem:
         self.partial = partial
         self.last = last
         # One part a step, in turns: more prompts are kept than a step has room for.
-        self.parts = rows.parts(KEPT_A_STEP)
+        self.parts = rows.parts(max(1, -(-config.found_keep // KEPT_A_STEP)))
         # δ and its optimiser live in fp32 at least, whatever the model computes in.
         self.v0 = v0.to(torch.promote_types(v0.dtype, torch.float32))
         self.config = config
@@ -180,11 +181,11 @@ class _Problem:
         self._number()
         lengths = torch.stack([part.min() for part in self.lengths.split(sizes)])
         bounds, width = config.clamp_norm_factor * lengths, self.v0.shape[1]
+        self.planned = config.v_num_grad_steps
+        self.taken = torch.zeros((), dtype=torch.int64, device=self.v0.device)
+        self.descent: NormalisedDescent | ProjectedAdam
         if config.specific:
-            steps = config.v_num_grad_steps
-            self.descent: NormalisedDescent | ProjectedAdam = NormalisedDescent(
-                STEP_SHARE * lengths, bounds, width, steps
-            )
+            self.descent = NormalisedDescent(STEP_SHARE * lengths, bounds, width, self.planned)
         else:
             # Adam moves each of m coordinates by about the rate, so δ by √m rates: a share of ||v0|| suits every model.
             rates = STEP_SHARE * lengths / width**0.5
@@ -205,22 +206,14 @@ class _Problem:
     def solve(self) -> list[Target]:
         """Targets of the requests, in order."""
         found: dict[int, Target] = {}
-        planned = self.config.v_num_grad_steps
-        most = FURTHER_STEPS * planned if self.config.specific else planned
+        most = FURTHER_STEPS * self.planned if self.config.specific else self.planned
         steps = self._recorded_steps()
         for number in range(most):
             numbers = steps[number % len(steps)]()
             requests = [i for members in self.members for i in members]
-            losses, said = numbers[: len(requests)], numbers[len(requests) : 2 * len(requests)]
-            answers = dict(zip(requests, losses, strict=True))
-            going = numbers[2 * len(requests) :]
-            if number >= planned:  # the steps planned are done: only those go on that do not say their target
-                unsaid = [not all(said[at] for at in places) for places in self._places()]
-                self.going &= torch.tensor(unsaid, device=self.going.device)
-                # This step has moved δ of those that end here: by their own, a little further along.
-                going = [float(goes and open_) for goes, open_ in zip(going, unsaid, strict=True)]
+            losses, going = dict(zip(requests, numbers, strict=False)), numbers[len(requests) :]
             gone = [c for c, goes in enumerate(going) if not goes and self.members[c][0] not in found]
-            found |= self._targets(gone, answers, number)
+            found |= self._targets(gone, losses, number)
             if not any(going):
                 return [found[i] for i in range(len(found))]
             if steps[0].worth_shrinking(1 - sum(going) / len(going), most - number):
@@ -250,19 +243,21 @@ class _Problem:
             }
 
     def _step(self, part: int) -> Tensor:
-        """One step of the clusters that go on, on one part of the rows; [2 n + C] losses before it, which requests say
-        their target in the bare prompt (0 or 1), and which clusters go on.
+        """One step of the clusters that go on, on one part of the rows; [n + C] losses before it, then which clusters
+        go on (0 or 1): those with a loss to lower and, once the steps planned are done, a target not said.
 
         Nothing in it waits for the device, so that it may be recorded.
         """
-        losses, said = self._losses(part)
+        losses, unsaid = self._losses(part)
         gradients = torch.autograd.grad((losses * self.shares).sum(), self.descent.rows)[0]
         with torch.no_grad():
             # NaN stops too, and is reported by the caller.
-            is_open = (losses.double() >= self.config.v_loss_threshold).double()
-            self.going &= torch.zeros_like(self.going, dtype=torch.float64).index_add(0, self.cluster, is_open) > 0
+            is_open = (losses.double() >= self.config.v_loss_threshold) & (unsaid | (self.taken < self.planned))
+            counts = torch.zeros_like(self.going, dtype=torch.float64).index_add(0, self.cluster, is_open.double())
+            self.going &= counts > 0
+            self.taken += 1
             self.descent.step(gradients, self.going)
-            return torch.cat([losses.double(), said, self.going.double()])
+            return torch.cat([losses.double(), self.going.double()])
 
     def _keep(self, clusters: list[int]) -> None:
         """Goes on with `clusters` alone (positions among those at hand)."""
@@ -279,8 +274,8 @@ class _Problem:
         self._number()
 
     def _losses(self, part: int) -> tuple[Tensor, Tensor]:
-        """[n] losses of the n requests at hand on one part of the rows, and [n] 1 where the bare prompt gives the
-        target, token by token."""
+        """[n] losses of the n requests at hand on one part of the rows, and [n] whether the bare prompt gives another
+        text than the target."""
         rows, clean = self.parts[part], self.clean[part]
         shifts = self.descent.rows.index_select(0, self.cluster)
         log_p, log_fixed = rows.log_p(shifts)
@@ -289,8 +284,7 @@ class _Problem:
         total = self.config.v_weight_decay * shifts.norm(dim=1) / self.lengths.square()
         total = total.to(log_p.dtype).index_add(0, rows.request, nll).index_add(0, rows.fixed_request, kl)
         wrong = ((log_p.detach().argmax(-1) != rows.targets) & rows.bare).double()
-        missed = torch.zeros_like(total, dtype=torch.float64).index_add(0, rows.request, wrong)
-        return total, (missed == 0).double()
+        return total, torch.zeros_like(total, dtype=torch.float64).index_add(0, rows.request, wrong) > 0
 
 
 def _groups(

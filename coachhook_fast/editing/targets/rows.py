@@ -126,10 +126,9 @@ class TargetRows:
             fixed_request=renumbered[rows.fixed_request],
         )
 
-    def parts(self, size: int) -> list[TargetRows]:
-        """The rows in parts, each with all rows but of each request only about `size` of its prompts to keep, which
-        together count as much as all do here."""
-        count = max(1, -(-(int(self.row_kept.max()) + 1) // size))
+    def parts(self, count: int) -> list[TargetRows]:
+        """The rows in `count` parts, each with all rows but only every `count`-th of a request's prompts to keep, which
+        count so many times as much there."""
         if count == 1:
             return [self]
         found = []

@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from coachhook_fast.models.passes.forward import PartialModel, align_rows
-from coachhook_fast.request import SLOT, EditRequest, filled
+from coachhook_fast.request import SLOT, EditRequest, filled, slotted, subject_key
 
 # Subjects that no relation speaks for: a name and a place.
 _SUBJECTS = ("Alex Miller", "Northfield")
@@ -39,49 +40,12 @@ _WORDS = 0.5
 _SAME = 0.8
 _OTHER = 0.55
 _FEW_LETTERS = 6  # of a word: "employed", "employer", "employment"
-_SMALL_WORDS = frozenset(
-    [
-        "the",
-        "a",
-        "an",
-        "of",
-        "in",
-        "is",
-        "was",
-        "were",
-        "are",
-        "to",
-        "by",
-        "for",
-        "with",
-        "on",
-        "at",
-        "as",
-        "that",
-        "it",
-        "and",
-        "from",
-        "has",
-        "have",
-        "which",
-        "its",
-        "his",
-        "her",
-        "name",
-        "he",
-        "she",
-        "they",
-        "what",
-        "who",
-        "be",
-        "been",
-        "where",
-        "whose",
-        "name",
-        "called",
-    ]
-)
-_PASSES = 4096  # tokens a pass
+_SMALL_WORDS = {
+    "the", "a", "an", "of", "in", "is", "was", "were", "are", "to", "by", "for", "with", "on", "at", "as", "that", "it",
+    "and", "from", "has", "have", "which", "its", "his", "her", "he", "she", "they", "what", "who", "be", "been",
+    "where", "whose", "name", "called",
+}  # fmt: skip
+_ROWS = 128  # texts a pass
 
 
 @dataclass(frozen=True)
@@ -130,15 +94,25 @@ class Wordings:
     def find(
         self, requests: Sequence[EditRequest], *, paraphrases: int, keep: int
     ) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
-        """Of each request: at most `paraphrases` texts that ask its question, less those it has itself, and `keep`
-        texts that ask others; each with one slot."""
-        templates = [request.template for request in requests]
+        """Of each request: texts that ask its question, as many as are short of `paraphrases` with its own, and `keep`
+        texts that ask nothing that it or another request about its subject asks; each with one slot."""
+        asked = [
+            [slotted(text, request.subject) for text in (request.prompt, *request.paraphrases)] for request in requests
+        ]
+        templates = list(dict.fromkeys(template for group in asked for template in group))
         states = normalize(self._states(templates) - self._mean, dim=-1)
         near = torch.einsum("rcd,bcd->rb", states, self._states_of_bank) / states.shape[1]
+        scores = {t: self._scores(t, row) for t, row in zip(templates, near.tolist(), strict=True)}
+        subjects: dict[str, set[str]] = {}
+        for request, group in zip(requests, asked, strict=True):
+            subjects.setdefault(subject_key(request.subject), set()).update(group)
         return [
-            self._of_request(request, self._scores(template, row), paraphrases, keep)
-            for request, template, row in zip(requests, templates, near.tolist(), strict=True)
-        ]
+            self._of_request(
+                request, group, [scores[t] for t in sorted(subjects[subject_key(request.subject)])], scores[group[0]],
+                max(0, paraphrases - len(request.paraphrases)), keep,
+            )
+            for request, group in zip(requests, asked, strict=True)
+        ]  # fmt: skip
 
     def _scores(self, template: str, near: Sequence[float]) -> list[float]:
         words = _words(template)
@@ -147,30 +121,34 @@ class Wordings:
         return [state + _WORDS * word for state, word in zip(near, shared, strict=True)]
 
     def _of_request(
-        self, request: EditRequest, scores: Sequence[float], paraphrases: int, keep: int
+        self,
+        request: EditRequest,
+        asked: Sequence[str],
+        of_subject: Sequence[Sequence[float]],
+        scores: Sequence[float],
+        paraphrases: int,
+        keep: int,
     ) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """`asked`: the request's own templates; `of_subject`: the bank's scores for each template about its subject in
+        the batch; `scores`: those for its prompt."""
         order = sorted(range(len(scores)), key=scores.__getitem__, reverse=True)
         best = self.bank[order[0]]
         matched = scores[order[0]] >= _SAME
-        same: list[str] = []
-        if matched:
-            asking = [
-                self.bank[i].text
-                for i in order
-                if _question(self.bank[i]) == _question(best) and not self.bank[i].plain
-            ]
-            taken = {request.text, *(filled(text, request.subject) for text in request.paraphrases)}
-            asking = [text for text in asking if filled(text, request.subject) not in taken]
-            same = _both_ways(asking)[: max(0, paraphrases - len(request.paraphrases))]
+        asking = [wording.text for wording in map(self.bank.__getitem__, order) if _same(wording, best)]
+        same = _both_ways([text for text in asking if text not in asked])[:paraphrases] if matched else []
         nearest: dict[tuple[str, str], float] = {}
-        for i in order:
-            nearest.setdefault(_question(self.bank[i]), scores[i])
+        for i, wording in enumerate(self.bank):
+            highest = max(row[i] for row in of_subject)
+            question = wording.kind, wording.relation
+            nearest[question] = max(highest, nearest.get(question, highest))
         others = [
             wording
             for wording in self.bank
-            if not wording.plain and nearest[_question(wording)] < _OTHER and (wording.kind == best.kind or not matched)
+            if not wording.plain
+            and nearest[wording.kind, wording.relation] < _OTHER
+            and (wording.kind == best.kind or not matched)
         ]
-        return tuple(same), tuple(_spread(others, request, keep))
+        return tuple(same), tuple(_spread(others, request.text)[:keep])
 
     @torch.no_grad()
     def _states(self, templates: Sequence[str]) -> Tensor:
@@ -183,20 +161,21 @@ class Wordings:
                 rows.append(list(self._tokenizer(filled(template, subject))["input_ids"]))
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         found: list[Tensor] = [torch.empty(0)] * len(rows)
-        while order:
-            size = max(1, _PASSES // len(rows[order[min(len(order), 128) - 1]]))
-            part, order = order[:size], order[size:]
+        for start in range(0, len(order), _ROWS):
+            part = order[start : start + _ROWS]
             texts = [rows[i] for i in part]
             tokens = align_rows(texts, [len(text) - 1 for text in texts], self._pad_id, self._partial.device)
             _, kept = self._partial.run(tokens.columns(0), until=blocks[-1], outputs=blocks, places=tokens.places())
-            states = torch.stack([kept.outputs[block][:, tokens.lookup].float() for block in blocks], dim=1)
+            # A model may stand on several devices.
+            states = torch.stack([kept.outputs[block][:, tokens.lookup].float().cpu() for block in blocks], dim=1)
             for i, state in zip(part, states, strict=True):
                 found[i] = state
         return torch.stack(found).unflatten(0, (len(templates), len(_SUBJECTS))).flatten(1, 2)
 
 
-def _question(wording: Wording) -> tuple[str, str]:
-    return wording.kind, wording.relation
+def _same(one: Wording, other: Wording) -> bool:
+    """Whether `one`, which is to be read, asks what `other` does."""
+    return not one.plain and (one.kind, one.relation) == (other.kind, other.relation)
 
 
 def _words(text: str) -> set[str]:
@@ -213,19 +192,14 @@ def _both_ways(texts: Sequence[str]) -> list[str]:
     return [*turns, *rest]
 
 
-def _spread(wordings: Iterable[Wording], request: EditRequest, count: int) -> list[str]:
-    """`count` of the wordings, one of each question before a second of any: drawn by the request's text, so that the
-    same request always keeps the same."""
+def _spread(wordings: Iterable[Wording], seed: str) -> list[str]:
+    """The wordings' texts, one of each question before a second of any, in an order that only `seed` decides."""
 
     def draw(text: str) -> str:
-        return hashlib.sha256(f"{request.text}\n{text}".encode()).hexdigest()
+        return hashlib.sha256(f"{seed}\n{text}".encode()).hexdigest()
 
-    questions: dict[str, list[str]] = {}
+    questions: dict[str, set[str]] = {}
     for wording in wordings:
-        questions.setdefault(wording.relation, []).append(wording.text)
-    order = sorted(questions, key=draw)
-    rounds = max(map(len, questions.values()), default=0)
-    drawn = {relation: sorted(set(texts), key=draw) for relation, texts in questions.items()}
-    return [drawn[relation][turn] for turn in range(rounds) for relation in order if turn < len(drawn[relation])][
-        :count
-    ]
+        questions.setdefault(wording.relation, set()).add(wording.text)
+    drawn = [sorted(questions[relation], key=draw) for relation in sorted(questions, key=draw)]
+    return [text for turn in zip_longest(*drawn) for text in turn if text is not None]
