@@ -60,6 +60,9 @@ class EditRequest:
         named = [("prompt", self.prompt)]
         named += [(f"paraphrases[{index}]", text) for index, text in enumerate(self.paraphrases)]
         named += [(f"keep[{index}]", text) for index, text in enumerate(self.keep)]
+        for name, text in [*named, ("subject", self.subject), ("target_new", self.target_new)]:
+            if any("\ud800" <= character <= "\udfff" for character in text):
+                raise ValueError(f"EditRequest.{name} holds half a character (a lone surrogate): {text!r}")
         for name, text in named:
             self._check_prompt(name, text)
         both = {filled(text, self.subject) for text in (self.prompt, *self.paraphrases)}
@@ -301,10 +304,14 @@ def tokenise_batch(
     for index, tokens in enumerate(batch):
         if not tokens.bare.target:
             raise ValueError(f"requests[{index}].target_new {tokens.request.target_new!r} has no tokens")
-        longest = max(len(row.prompt) + len(row.target) for row in (*tokens.asking, *tokens.keep, *tokens.held))
-        if max_length is not None and longest > max_length:
-            raise ValueError(
-                f"requests[{index}].prompt takes {longest} tokens with its contexts and target, "
-                f"the model's context is {max_length}: {tokens.request.text[:80]!r}..."
-            )
+        for name, rows in (
+            ("prompt", tokens.rows), ("paraphrases", tokens.paraphrases), ("keep", tokens.keep),
+            ("subject has earlier facts one of which", tokens.held),
+        ):  # fmt: skip
+            longest = max((len(row.prompt) + len(row.target) for row in rows), default=0)
+            if max_length is not None and longest > max_length:
+                raise ValueError(
+                    f"requests[{index}].{name} takes {longest} tokens with context and target, "
+                    f"the model's context is {max_length}: {tokens.request.text[:80]!r}..."
+                )
     return batch

@@ -14,6 +14,7 @@ ROOMS = (
     "files",
     "limits",
     "printable",
+    "model_defaults",
     "config",
     "request",
     "progress",
@@ -30,7 +31,7 @@ ROOMS = (
     "integrations",
     "cli",
 )
-ALONE = ROOMS[:7]  # import nothing of ours
+ALONE = set(ROOMS[: ROOMS.index("kernels")]) - {"config"}  # import nothing of ours; config its model_defaults alone
 
 
 def sources() -> Iterator[tuple[str, Path]]:

@@ -18,10 +18,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from coachhook_fast.config import EditConfig, default_layers
+from coachhook_fast.config import EditConfig
 from coachhook_fast.editing.contexts import write_contexts
 from coachhook_fast.editing.keys import KeyCollector, bare_outputs
 from coachhook_fast.editing.targets.optimise import optimise
+from coachhook_fast.model_defaults import default_layers
 from coachhook_fast.models.architectures import down_projection_size, layout_of
 from coachhook_fast.models.loading import context_length, fingerprint
 from coachhook_fast.models.passes.forward import PartialModel, frozen

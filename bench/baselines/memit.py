@@ -9,7 +9,7 @@ import torch
 from baselines.common import LayerByLayer
 from torch import Tensor
 
-from coachhook_fast.config import default_update_weight
+from coachhook_fast.model_defaults import default_update_weight
 
 
 class Memit(LayerByLayer):

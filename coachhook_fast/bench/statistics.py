@@ -6,7 +6,7 @@ import torch
 
 from coachhook_fast.bench.rows import Row, baseline, once, row
 from coachhook_fast.bench.workload import corpus
-from coachhook_fast.config import default_layers
+from coachhook_fast.model_defaults import default_layers
 from coachhook_fast.models.architectures import layout_of
 from coachhook_fast.models.loading import load_model
 from coachhook_fast.models.passes.forward import PartialModel, frozen

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from coachhook_fast.models.passes.forward import PartialModel, align_rows
-from coachhook_fast.request import TokenRow
+from coachhook_fast.request import TokenisedRequest, TokenRow
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,15 @@ def answers_to(partial: PartialModel, rows: Sequence[TokenRow], *, pad_id: int, 
         answers += _of_chunk(partial, rows[start:stop], pad_id)
         start = stop
     return answers
+
+
+def answers_of(
+    partial: PartialModel, batch: Sequence[TokenisedRequest], *, pad_id: int, max_tokens: int
+) -> list[tuple[Answer, ...]]:
+    """Of each request: the answers to its bare prompt and then to its paraphrases; see `answers_to`."""
+    rows = [row for tokens in batch for row in (tokens.bare, *tokens.paraphrases)]
+    answers = iter(answers_to(partial, rows, pad_id=pad_id, max_tokens=max_tokens))
+    return [tuple(next(answers) for _ in (tokens.bare, *tokens.paraphrases)) for tokens in batch]
 
 
 def _length(row: TokenRow) -> int:

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from coachhook_fast.config import EditConfig, default_layers
+from coachhook_fast.config import EditConfig
 from coachhook_fast.editing import calibration
-from coachhook_fast.editing.answers import Answer, answers_to
+from coachhook_fast.editing.answers import answers_of
 from coachhook_fast.editing.contexts import write_contexts
 from coachhook_fast.editing.hard_negatives import find_hard_negatives
 from coachhook_fast.editing.key_memory import KeyMemory
@@ -35,6 +35,7 @@ from coachhook_fast.edits.edit_set import Batch, EditSet, recalibrated, without
 from coachhook_fast.edits.threshold import Threshold
 from coachhook_fast.hooks.hooks import Hooks
 from coachhook_fast.interrupts import deferred
+from coachhook_fast.model_defaults import default_layers
 from coachhook_fast.models.architectures import down_projection_size, layout_of
 from coachhook_fast.models.distributed import of_first_rank
 from coachhook_fast.models.loading import context_length, fingerprint
@@ -267,18 +268,12 @@ class Editor:
                 updated = lower_alphas(self.partial, self._handle, updated, tokens)
             for layer, threshold in zip(self.layers, updated.edits.thresholds, strict=True):
                 tell("threshold", layer, value=threshold.value)
+            after = self._bare_outputs(tokens, assignments)
+            answers = answers_of(self.partial, tokens, pad_id=pad_id, max_tokens=limit)
             batch = Batch(
                 id=of_first_rank(uuid.uuid4().hex[:12]),
                 time=of_first_rank(datetime.now(timezone.utc).isoformat(timespec="seconds")),
-                outcomes=outcomes_of(
-                    tokens,
-                    ordered,
-                    v0,
-                    self._bare_outputs(tokens, assignments),
-                    updated.leverages,
-                    self._answers(tokens),
-                    self.tokenizer,
-                ),
+                outcomes=outcomes_of(tokens, ordered, v0, after, updated.leverages, answers, self.tokenizer),
                 seconds=time.monotonic() - started,
                 layers=updated.layers,
                 thresholds=updated.edits.thresholds,
@@ -305,12 +300,6 @@ class Editor:
             bare_outputs(self.partial, t.last, [batch[index] for index in t.requests], **limits) for t in assignments
         ]
         return in_batch_order(parts, assignments)
-
-    def _answers(self, batch: Sequence[TokenisedRequest]) -> list[tuple[Answer, ...]]:
-        """What the model says, as it stands, to each request's bare prompt and then to its paraphrases."""
-        rows = [row for tokens in batch for row in (tokens.bare, *tokens.paraphrases)]
-        answers = iter(answers_to(self.partial, rows, pad_id=self._pad_id, max_tokens=self.config.pass_tokens))
-        return [tuple(next(answers) for _ in (tokens.bare, *tokens.paraphrases)) for tokens in batch]
 
     def _hard_negatives(self, batch: Sequence[TokenisedRequest]) -> list[TokenRow]:
         """Texts of the corpus that the batch should pass by."""

@@ -166,6 +166,7 @@ def test_every_wording_has_one_slot_and_no_two_are_alike_in_one_question() -> No
         ("keep", ["nobody is here"], ValueError),
         ("paraphrases", ["{} and {}"], ValueError),
         ("keep", ["{} works as a"], ValueError),
+        ("keep", ["{} is \ud800"], ValueError),
     ],
 )
 def test_other_prompts_are_checked_like_the_prompt(name: str, value: Any, error: type[Exception]) -> None:
