@@ -44,7 +44,8 @@ def evil(home: Path, tmp_path: Path) -> Path:
         batch |= {"id": f"{number}{EVIL}", "parent": parent, "time": EVIL}
         parent = batch["id"]
         for outcome in batch["outcomes"]:
-            outcome["request"] |= {"subject": EVIL, "prompt": f"{{}} {EVIL}", "target_new": EVIL, "case_id": EVIL}
+            whole = EVIL.replace("\ud800", "")  # half a character is refused in a request
+            outcome["request"] |= {"subject": whole, "prompt": f"{{}} {whole}", "target_new": whole, "case_id": whole}
     path.write_text(json.dumps(manifest))
     return tmp_path / "edits"
 
