@@ -34,6 +34,9 @@ _ROUNDINGS = 64
 _LARGEST_NOISE = 0.01
 
 
+# How much longer than asked for a residual is made, at most, so that it goes in whole.
+_LARGEST_GAIN = 3.0
+
 _NO_REQUESTS = Assignment((), -1, ())
 
 
@@ -119,6 +122,8 @@ def update_layers(
             norm = partial.layout.post_norm(partial.model, layer)
             assert norm is not None
             R = through_norm(norm, readings.before_norm[:, own], R)
+        if config.specific:
+            R = _in_full(R, mine, X)
         tell("update", layer, K=K, R=R, X=X, s=s, N=N)
         update = LayerUpdate(K, R.to(old.dtype), X.to(old.dtype))
         delta = old.append(update.residuals, update.directions)
@@ -132,6 +137,16 @@ def update_layers(
         updates.append(update)
     hooks.enable()
     return BatchUpdate(edits, tuple(updates), torch.stack(leverages))
+
+
+def _in_full(R: Tensor, K: Tensor, X: Tensor) -> Tensor:
+    """R (Kᵀ X)⁻¹: with these residuals Δ gives the edit keys R itself, where the ridge of C leaves them s / (1 + s) of it.
+
+    A direction of which less than one in `_LARGEST_GAIN` would go in is scaled by that at most.
+    """
+    values, vectors = torch.linalg.eigh(((K.T @ X.to(K)) + (X.to(K).T @ K)) / 2)
+    gains = values.clamp(min=1 / _LARGEST_GAIN).reciprocal()
+    return R @ ((vectors * gains) @ vectors.T).to(R)
 
 
 def lower_alphas(
