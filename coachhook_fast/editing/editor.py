@@ -6,7 +6,7 @@ import time
 import uuid
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -24,6 +24,14 @@ from coachhook_fast.editing.key_memory import KeyMemory
 from coachhook_fast.editing.keys import bare_outputs
 from coachhook_fast.editing.outcomes import EditWarning, outcomes_of, warn_of_weak
 from coachhook_fast.editing.schedule import Assignment, assign, in_batch_order
+from coachhook_fast.editing.single_facts import (
+    Places,
+    each_or_none,
+    left_of,
+    memories_without,
+    removals,
+    superseded,
+)
 from coachhook_fast.editing.sinks import away_from_sinks
 from coachhook_fast.editing.targets.cache import TargetCache
 from coachhook_fast.editing.targets.optimise import Target, optimise
@@ -31,7 +39,8 @@ from coachhook_fast.editing.targets.wordings import Wordings
 from coachhook_fast.editing.updates import Observer, lower_alphas, update_layers
 from coachhook_fast.edits import store
 from coachhook_fast.edits.delta import LowRankDelta
-from coachhook_fast.edits.edit_set import Batch, EditSet, recalibrated, without
+from coachhook_fast.edits.edit_set import Batch, EditSet, Removed
+from coachhook_fast.edits.removal import recalibrated, removed_keys, without_requests
 from coachhook_fast.edits.threshold import Threshold
 from coachhook_fast.hooks.hooks import Hooks
 from coachhook_fast.interrupts import deferred
@@ -42,7 +51,7 @@ from coachhook_fast.models.loading import context_length, fingerprint
 from coachhook_fast.models.passes.budget import TokenBudget
 from coachhook_fast.models.passes.forward import PartialModel, frozen
 from coachhook_fast.progress import track
-from coachhook_fast.request import EditRequest, TokenisedRequest, TokenRow, tokenise_batch
+from coachhook_fast.request import EditRequest, TokenisedRequest, TokenRow, check_batch, tokenise_batch
 from coachhook_fast.statistics.cache import model_statistics
 from coachhook_fast.statistics.corpus import Corpus, begin_tokens
 from coachhook_fast.statistics.key_statistics import KeyStatistics
@@ -212,6 +221,11 @@ class Editor:
     ) -> Batch:
         """Applies one batch of edits; all of it, or, on any error or interrupt, nothing.
 
+        A request about a fact that the ledger holds (the same prompt, or the same template around the same subject, but
+        for whitespace) takes its place: the old edit is taken out first, as `remove` does it, so that target values,
+        keys and thresholds are found as if it had never been. What repeats the latest edit of its fact, target,
+        paraphrases and all, leaves it where it is.
+
         Args:
             requests: the facts to change.
             progress: show a bar on stderr.
@@ -225,9 +239,11 @@ class Editor:
         self._handle.check_editable()
         if torch.is_inference_mode_enabled():
             raise ValueError("Editor.edit needs gradients: call it outside torch.inference_mode()")
+        check_batch(requests)
+        replaced = superseded(self.edit_set, requests)
         tokens = tokenise_batch(
             requests, self.tokenizer, self.edit_set.contexts, context_length(self.model),
-            wordings=self._find_wordings, earlier=self.edit_set.requests,
+            wordings=self._find_wordings, earlier=left_of(self.edit_set, replaced),
         )  # fmt: skip
         if not self.memories:
             self.collect_statistics(progress=progress)
@@ -239,14 +255,15 @@ class Editor:
             track("editing", len(tokens), "edit", progress) as bar,
         ):
             pad_id, limit = self._pad_id, self.config.pass_tokens
-            assignments = assign(self.edit_set, tokens)
+            start, memories = self._without(replaced)
+            assignments = assign(start, tokens)
             self._handle.disable()
             tokens = away_from_sinks(
                 self.partial, max(part.last for part in assignments), tokens, pad_id=pad_id, max_tokens=limit
             )
             self._handle.enable()  # a new edit goes on top of all earlier ones, whoever has switched them off
             v0 = self._bare_outputs(tokens, assignments)
-            cache = TargetCache(self.edit_set, tokens)
+            cache = TargetCache(start, tokens)
             bar.advance(len(cache.found), "found before")
             targets: dict[int, Target] = {}
             with torch.enable_grad():  # whatever the caller has switched off
@@ -260,7 +277,7 @@ class Editor:
                     targets |= zip(assignment.requests, found, strict=True)
             ordered = [targets[index] for index in range(len(tokens))]
             updated = update_layers(
-                self.partial, self._handle, self.memories, self.edit_set, tokens, assignments,
+                self.partial, self._handle, memories, start, tokens, assignments,
                 torch.stack([target.value for target in ordered], dim=1), self._threshold,
                 moments=self.statistics.moments, hard_negatives=self._hard_negatives(tokens), pad_id=pad_id, tell=tell,
             )  # fmt: skip
@@ -278,7 +295,8 @@ class Editor:
                 layers=updated.layers,
                 thresholds=updated.edits.thresholds,
             )
-            self._commit(updated.edits.with_batch(batch))
+            gone = removals(self.edit_set, replaced, "superseded", by=batch.id)
+            self._commit(updated.edits.with_batch(batch).with_removed(gone), memories)
             cache.discard()
         warn_of_weak(batch.outcomes, self.config)
         return batch
@@ -314,24 +332,26 @@ class Editor:
         )
 
     def _threshold(self, position: int, delta: LowRankDelta, own: Tensor) -> Threshold:
-        """The layer's threshold for a new delta with the edits' keys `own` [d, N]: a fresh τ, or the standing α."""
-        if self.config.gate == "sequence":
-            return self.edit_set.thresholds[position]
+        """τ of the layer for a new delta with the edits' keys `own` [d, N]."""
         if self.statistics is None:  # a saved edit set rolled back before anything was edited
             self.collect_statistics()
         assert self.statistics is not None
         return calibration.calibrate(delta, self.statistics.samples[self.layers[position]], own, self.config)
 
-    def _commit(self, edited: EditSet) -> None:
+    def _without(self, replaced: Places) -> tuple[EditSet, list[KeyMemory]]:
+        """The edit set, published, and the memories from which a batch starts that takes the place of `replaced`."""
+        if not replaced:
+            return self.edit_set, self.memories
+        memories = memories_without(self.memories, self.edit_set, replaced)
+        start = without_requests(self.edit_set, replaced, self._threshold)
+        self._handle.publish(start)
+        return start, memories
+
+    def _commit(self, edited: EditSet, memories: list[KeyMemory]) -> None:
         """The point of no return: memories, hooks and edit set change together."""
-        batch = edited.batches[-1]
-        with deferred(), ExitStack() as undo:
-            for memory, update in zip(self.memories, batch.layers, strict=True):
-                memory.update(update.keys)
-                undo.callback(memory.downdate, update.keys)
+        with deferred(), each_or_none(memories, [update.keys for update in edited.batches[-1].layers]):
             self._handle.publish(edited)
-            self.edit_set = edited
-            undo.pop_all()
+            self.edit_set, self.memories = edited, memories
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
@@ -348,22 +368,44 @@ class Editor:
     # ---------------------------------------------------------------- undo, save, switches
 
     def rollback(self, batch_id: str) -> None:
-        """Undoes one batch: afterwards deltas and thresholds are those of the other batches alone.
+        """Undoes one batch: afterwards deltas and thresholds are those of the other batches alone. What its edits had
+        taken the place of does not come back.
 
         Raises:
             ValueError: no such batch, or the key memory cannot give up its keys; nothing is changed then.
         """
         self._handle.check_editable()
+        places = range(len(self.edit_set.find(batch_id).outcomes))
+        self._take_out({batch_id: places}, "rolled back")
+
+    def remove(self, batch_id: str, index: int) -> Removed:
+        """Undoes one fact of a batch: afterwards deltas, key memories and thresholds are those of the others alone, as
+        docs/method.md section 7 defines it. The last one of a batch takes the batch with it, as `rollback` does.
+
+        Args:
+            index: the fact's number in the batch, counted from 0 as the batch was made: others keep theirs.
+
+        Raises:
+            TypeError: index is no integer.
+            ValueError: no such batch, or no such fact in it any more; an earlier version made the batch and did not
+                note enough; or the key memory cannot give up its keys. Nothing is changed then.
+
+        Example:
+            >>> editor.remove("1f0c2ab3d4e5", 2).request.target_new
+            'Rome'
+        """
+        self._handle.check_editable()
+        self._take_out({batch_id: [self.edit_set.place_of(batch_id, index)]}, "removed")
+        return self.edit_set.removed[-1]
+
+    def _take_out(self, places: Places, reason: str) -> None:
         self._settle_thresholds()
-        batch = self.edit_set.find(batch_id)
-        rest = without(self.edit_set, batch_id, self._threshold)
-        with deferred(), ExitStack() as undo:
-            for memory, update in zip(self.memories, batch.layers, strict=bool(self.memories)):
-                memory.downdate(update.keys)
-                undo.callback(memory.update, update.keys)
+        keys = removed_keys(self.edit_set, places)
+        rest = without_requests(self.edit_set, places, self._threshold)
+        rest = rest.with_removed(removals(self.edit_set, places, reason))
+        with deferred(), each_or_none(self.memories, keys, forget=True):
             self._handle.publish(rest)
             self.edit_set = rest
-            undo.pop_all()
 
     def _settle_thresholds(self) -> None:
         """Before the edit set is written or taken apart: its thresholds are those that its config asks for."""
