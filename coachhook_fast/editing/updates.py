@@ -129,9 +129,8 @@ def update_layers(
             update = replace(update, spread=(moment @ X.to(moment)).to(update.directions))
             delta = whitened_by(delta, [*(batch.layers[position] for batch in edits.batches), update])
         mine = torch.cat([edits.edit_keys(position).to(K), mine], dim=1) if edits.batches else mine
-        edits = edits.with_layer(
-            position, delta, edits.thresholds[position] if whole else threshold(position, delta, mine)
-        )
+        standing = edits.thresholds[position]
+        edits = edits.with_layer(position, delta, standing if whole else threshold(position, delta, mine))
         hooks.publish(edits)
         updates.append(update)
     hooks.enable()

@@ -236,6 +236,12 @@ def request_alphas_in(line: Mapping[str, Any], layers: int, count: int) -> list[
     return [tuple(map(alpha_of, alphas)) for alphas in found]
 
 
+def numbers_in(line: Mapping[str, Any], removed: Sequence[Mapping[str, Any]]) -> list[int]:
+    """The number of each outcome in the ledger line of a batch, see `EditSet.numbers`."""
+    gone = {one["index"] for one in removed if one["batch"] == line["id"]}
+    return [number for number in range(len(line["outcomes"]) + len(gone)) if number not in gone]
+
+
 def removed_line(removed: Removed) -> dict[str, Any]:
     return asdict(removed)
 

@@ -25,9 +25,9 @@ def without_requests(edit_set: EditSet, removed: Mapping[str, Collection[int]], 
     """The edit set as if the requests `removed` had never been made.
 
     Columns of the others in K, R, X and E[kkᵀ]X stay as they are, bit for bit, though they were found while the removed
-    ones stood beside or before them. Δ is Σ R Xᵀ over them, built anew where a column of its own is gone; so is the
-    metric W; C, which the caller keeps, is to lose the columns that `removed_keys` gives. τ is found anew for the layers
-    whose Δ is another, α is the least bound of the others. A batch without any request left is out of the ledger: to
+    ones stood beside or before them. Δ is Σ R Xᵀ over them, built anew where a column of it is gone, and so is its
+    metric W. C, which the caller keeps, is to lose the columns that `removed_keys` gives. τ is found anew for layers
+    whose Δ is another; α is the least bound of the others. A batch without any request left is out of the ledger: to
     remove all of its requests is to roll it back, bit for bit.
 
     Args:

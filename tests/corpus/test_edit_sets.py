@@ -80,7 +80,8 @@ _WRONG: dict[tuple[Any, ...], list[Any]] = {
                    [{**_REMOVED, "index": 9}], [{**_REMOVED, "surprise": 1}]],
     ("removed", 0): [{**_REMOVED, name: value} for name, value in (
         ("batch", 1), ("index", -1), ("index", True), ("index", 1.5), ("index", "0"), ("edited", None), ("time", 1),
-        ("reason", "x"), ("reason", None), ("by", None), ("request", None), ("request", {}), ("request", {"prompt": "x"}),
+        ("reason", "x"), ("reason", None), ("by", None), ("request", None), ("request", {}),
+        ("request", {"prompt": "x"}),
     )],
     _REQUEST: [None, 1, "x", [], {}, {"prompt": "x"}, {"surprise": 1}],
     (*_REQUEST, "prompt"): [None, 1, [], "", " ", "{} {}", "without"],
