@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--facts",
         action="store_true",
-        help="list every edit with its number, and every removed one, not only the batches",
+        help="list every edit with its number, and every removed one, not only batches",
     )
 
 

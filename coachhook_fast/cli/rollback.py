@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--request",
         type=request_number,
         metavar="N",
-        help="only this request of the batch, by its number in log --facts",
+        help="only this one of the batch, by its number in log --facts",
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="where the rest goes (default: the same folder)")
     parser.add_argument("--corpus", type=Path, metavar="FILE", help="the text that the edits' statistics came from")
