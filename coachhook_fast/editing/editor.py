@@ -25,7 +25,7 @@ from coachhook_fast.editing.targets.optimise import Target, optimise
 from coachhook_fast.editing.targets.wordings import Wordings
 from coachhook_fast.editing.updates import Observer, lower_alphas, update_layers
 from coachhook_fast.edits.edit_set import Batch, EditSet
-from coachhook_fast.edits.removal import without_requests
+from coachhook_fast.edits.removal import removed_keys, without_requests
 from coachhook_fast.interrupts import deferred
 from coachhook_fast.models.distributed import of_first_rank
 from coachhook_fast.models.loading import context_length
@@ -83,6 +83,8 @@ class Editor(EditedModel):
             raise ValueError("Editor.edit needs gradients: call it outside torch.inference_mode()")
         check_batch(requests)
         replaced = superseded(self.edit_set, requests)
+        if replaced:  # what cannot be taken out is said before any work
+            removed_keys(self.edit_set, replaced)
         tokens = tokenise_batch(
             requests, self.tokenizer, self.edit_set.contexts, context_length(self.model),
             wordings=self._find_wordings, earlier=left_of(self.edit_set, replaced),

@@ -207,7 +207,7 @@ def test_log_and_rollback(home: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_rollback_of_one_request(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first, second = (batch["id"] for batch in run_json(capsys, "log", *edits(home))["batches"])
-    fact = tiny_facts(2)[1]
+    fact = tiny_facts(6)[1]
     arguments = ["rollback", *model(home), *edits(home), *out(home, "one-less"), second, "--request", "0"]
     data = run_json(capsys, *arguments)
     assert (data["removed"], data["removed_edits"], data["requests"]) == (second, 1, [0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -434,6 +435,26 @@ def test_sets_of_earlier_versions(name: str, tmp_path: Path) -> None:
     editor.save_pretrained(tmp_path / name)
     again = store.load(tmp_path / name)
     assert [gone.index for gone in again.removed] == [len(batch.requests) - 1, 0]
+
+
+def test_a_shared_batch_of_an_earlier_version_is_not_taken_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose column is whose was not noted then: an edit in place of one of it is refused at once, naming the batch."""
+    monkeypatch.setattr("coachhook_fast.editing.schedule._REQUESTS_A_GROUP", 2)
+    editor = make(config=ROUND_ROBIN)
+    batch = edit(editor, [born("Rome"), *others(3)])
+    layers = tuple(replace(update, requests=None) for update in batch.layers)
+    edits = replace(editor.edit_set, batches=(replace(batch, layers=layers),))
+    editor.edit_set = edits
+    before = snapshot(editor)
+    monkeypatch.setattr("coachhook_fast.editing.editor.tokenise_batch", raising(AssertionError))
+    for use in (lambda: edit(editor, [born("Oslo")]), lambda: editor.remove(batch.id, 1)):
+        with pytest.raises(ValueError, match=f"batch '{batch.id}' was made by an earlier version"):
+            use()
+    assert editor.edit_set is edits
+    assert_same(snapshot(editor), before)
+    monkeypatch.undo()
+    editor.rollback(batch.id)
+    edit(editor, [born("Oslo"), *others(3)])
 
 
 # ------------------------------------------------------------------ what is said
