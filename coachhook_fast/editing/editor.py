@@ -76,6 +76,11 @@ class Editor(EditedModel):
             ValueError: see `request.tokenise_batch`, `optimise`, `KeyMemory.solve`, `without_requests`; or the editor
                 was unloaded.
             NotSaidError: with `require_said`, naming what is not said.
+
+        Example:
+            >>> batch = editor.edit([EditRequest("The {} is located in the city of", "Eiffel Tower", "Rome")])
+            >>> batch.outcomes[0].said
+            True
         """
         started = time.monotonic()
         self._handle.check_editable()
