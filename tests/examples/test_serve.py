@@ -170,6 +170,7 @@ def test_an_edit_that_cannot_be_saved_leaves_the_old_one_of_its_fact(
     with monkeypatch.context() as patch:
         patch.setattr(store, "save", full)
         assert client.post("/edits", json=changed).status_code == 500
+    client = running.client()  # the server closes a connection on which it failed
     assert client.get("/edits").json() == listed
     assert answer(client)["choices"] == said
     made = client.post("/edits", json=changed).json()
