@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from coachhook_fast.config import EditConfig
     from coachhook_fast.editing.editor import Editor
-    from coachhook_fast.editing.outcomes import EditWarning
-    from coachhook_fast.edits.edit_set import Batch, EditOutcome, EditSet
+    from coachhook_fast.editing.outcomes import EditWarning, NotSaidError
+    from coachhook_fast.editing.said import FactCheck
+    from coachhook_fast.edits.edit_set import Batch, EditOutcome, EditSet, Removed
     from coachhook_fast.hooks.layer import HookLinear
     from coachhook_fast.hooks.load_edits import load_edits
     from coachhook_fast.models.loading import load_model
@@ -26,7 +27,10 @@ _HOMES = {
     "EditSet": "edits.edit_set",
     "EditWarning": "editing.outcomes",
     "Editor": "editing.editor",
+    "FactCheck": "editing.said",
     "HookLinear": "hooks.layer",
+    "NotSaidError": "editing.outcomes",
+    "Removed": "edits.edit_set",
     "load_edits": "hooks.load_edits",
     "load_model": "models.loading",
 }
@@ -39,7 +43,10 @@ __all__ = [
     "EditSet",
     "EditWarning",
     "Editor",
+    "FactCheck",
     "HookLinear",
+    "NotSaidError",
+    "Removed",
     "load_edits",
     "load_model",
 ]

@@ -229,6 +229,25 @@ def last_token_before(tokenizer: Any, text: str, end: int) -> int:
     return len(tokenizer(text[:end])["input_ids"]) - 1
 
 
+def fact_keys(request: EditRequest) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What the fact of a request is known by: its prompt, and its subject with the template around it. Two requests
+    that share one of them are about the same fact, whatever their targets."""
+    return (_words(request.text),), (subject_key(request.subject), _words(request.template))
+
+
+def asks_the_same(one: EditRequest, other: EditRequest) -> bool:
+    """Whether two requests about the same fact want the same: target, paraphrases and prompts to keep."""
+    return one.target_new.strip() == other.target_new.strip() and all(
+        sorted(_words(slotted(text, one.subject)) for text in getattr(one, name))
+        == sorted(_words(slotted(text, other.subject)) for text in getattr(other, name))
+        for name in ("paraphrases", "keep")
+    )
+
+
+def _words(text: str) -> str:
+    return " ".join(text.split())
+
+
 def _standing(request: EditRequest, batch: Sequence[EditRequest], earlier: Sequence[EditRequest]) -> list[EditRequest]:
     """Those of `earlier` that are about the request's subject and that nothing in the batch asks anew. Requests of one
     subject share their δ: the first holds for all."""
@@ -239,16 +258,16 @@ def _standing(request: EditRequest, batch: Sequence[EditRequest], earlier: Seque
     standing: dict[str, EditRequest] = {}
     for fact in earlier:
         if subject_key(fact.subject) == subject:
-            standing[" ".join(fact.template.split())] = fact  # the latest of one question
+            standing[_words(fact.template)] = fact  # the latest of one question
     for other in mates:
         for prompt in (other.prompt, *other.paraphrases):
-            standing.pop(" ".join(slotted(prompt, other.subject).split()), None)
+            standing.pop(_words(slotted(prompt, other.subject)), None)
     return list(standing.values())
 
 
 def subject_key(subject: str) -> str:
     """What subjects are told apart by."""
-    return " ".join(subject.split()).casefold()
+    return _words(subject).casefold()
 
 
 def by_subject(batch: Sequence[TokenisedRequest]) -> list[list[int]]:
@@ -257,6 +276,29 @@ def by_subject(batch: Sequence[TokenisedRequest]) -> list[list[int]]:
     for index, tokens in enumerate(batch):
         clusters.setdefault(subject_key(tokens.request.subject), []).append(index)
     return list(clusters.values())
+
+
+def check_batch(requests: Sequence[EditRequest]) -> None:
+    """Checks what can be told without a tokenizer.
+
+    Raises:
+        TypeError: requests is no sequence of EditRequest.
+        ValueError: the batch is empty, or two requests repeat or contradict each other.
+    """
+    if isinstance(requests, str) or not isinstance(requests, Sequence):
+        raise TypeError(f"requests must be a list of EditRequest, got {type(requests).__name__}: {requests!r}")
+    if len(requests) == 0:
+        raise ValueError("requests is empty: a batch needs at least one EditRequest")
+    seen: dict[str, tuple[int, str]] = {}
+    for index, request in enumerate(requests):
+        if not isinstance(request, EditRequest):
+            raise TypeError(f"requests[{index}] must be an EditRequest, got {type(request).__name__}: {request!r}")
+        key, wish = _words(request.text), request.target_new.strip()
+        if key in seen:
+            other, other_wish = seen[key]
+            kind = "repeats" if wish == other_wish else f"contradicts (target {other_wish!r})"
+            raise ValueError(f"requests[{index}] {kind} requests[{other}]: {request.text!r} -> {wish!r}")
+        seen[key] = (index, wish)
 
 
 def tokenise_batch(
@@ -276,24 +318,10 @@ def tokenise_batch(
             it asks anew.
 
     Raises:
-        TypeError: requests is no sequence of EditRequest.
-        ValueError: the batch is empty, two requests repeat or contradict each other, a target has no tokens, or a
-            row is longer than the model's context (`max_length`).
+        TypeError, ValueError: see `check_batch`.
+        ValueError: a target has no tokens, or a row is longer than the model's context (`max_length`).
     """
-    if isinstance(requests, str) or not isinstance(requests, Sequence):
-        raise TypeError(f"requests must be a list of EditRequest, got {type(requests).__name__}: {requests!r}")
-    if len(requests) == 0:
-        raise ValueError("requests is empty: a batch needs at least one EditRequest")
-    seen: dict[str, tuple[int, str]] = {}
-    for index, request in enumerate(requests):
-        if not isinstance(request, EditRequest):
-            raise TypeError(f"requests[{index}] must be an EditRequest, got {type(request).__name__}: {request!r}")
-        key, wish = " ".join(request.text.split()), request.target_new.strip()
-        if key in seen:
-            other, other_wish = seen[key]
-            kind = "repeats" if wish == other_wish else f"contradicts (target {other_wish!r})"
-            raise ValueError(f"requests[{index}] {kind} requests[{other}]: {request.text!r} -> {wish!r}")
-        seen[key] = (index, wish)
+    check_batch(requests)
     found = [((), ())] * len(requests) if wordings is None else wordings(requests)
     batch = [
         request.tokenise(

@@ -142,11 +142,15 @@ class Service:
         }
 
     def edit(self, edits: list[Edit]) -> dict[str, Any]:
-        batch = self.editor.edit([EditRequest(**edit.model_dump()) for edit in edits], progress=False)
+        requests = [EditRequest(**edit.model_dump()) for edit in edits]
+        if not self.editor.memories:
+            self.editor.collect_statistics(progress=False)
+        before = self.editor.edit_set
+        batch = self.editor.edit(requests, progress=False)
         try:
             store.save(self.editor.edit_set, self.folder)
-        except BaseException:  # not on disk: not acknowledged, not served
-            self.editor.rollback(batch.id)
+        except BaseException:  # not on disk: not acknowledged, not served; what it took the place of is back
+            self.editor.restore(before)
             raise
         self._publish()
         return self.describe(batch)

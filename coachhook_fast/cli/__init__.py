@@ -1,7 +1,8 @@
 """`coachhook`: the command line. One module a verb; heavy imports happen inside the verbs, so `--help` is quick.
 
 Results go to stdout, as tables or, with `--json`, as JSON alone; progress and warnings go to stderr. The exit code is
-0, 1 where `verify-vllm` finds a difference, 2 for bad input (one line on stderr says which), or 130 after Ctrl-C.
+0, 1 where `verify-vllm` finds a difference or `check` a fact that is not said, 2 for bad input (one line on stderr says
+which), or 130 after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -15,11 +16,23 @@ import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
-from coachhook_fast.cli import bench, edit, evaluate, generate, inspect, log, rollback, stats, verify_edits, verify_vllm
+from coachhook_fast.cli import (
+    bench,
+    check,
+    edit,
+    evaluate,
+    generate,
+    inspect,
+    log,
+    rollback,
+    stats,
+    verify_edits,
+    verify_vllm,
+)
 from coachhook_fast.cli.common import console
 from coachhook_fast.printable import one_line
 
-VERBS = (stats, edit, evaluate, generate, inspect, log, rollback, bench, verify_edits, verify_vllm)
+VERBS = (stats, edit, evaluate, check, generate, inspect, log, rollback, bench, verify_edits, verify_vllm)
 
 _DESCRIPTION = "Edit facts in a language model, in consecutive batches, without touching a base weight."
 _EXAMPLES = """examples:

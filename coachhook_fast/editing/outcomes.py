@@ -23,6 +23,21 @@ class EditWarning(UserWarning):
     """An edit did not go in as it should."""
 
 
+class NotSaidError(ValueError):
+    """A batch that was to be said is not; nothing was changed."""
+
+
+def check_said(outcomes: Sequence[EditOutcome]) -> None:
+    """NotSaidError naming the requests whose target the model did not say in the bare prompt."""
+    silent = [
+        f"{outcome.request.text!r} -> {outcome.request.target_new!r} (the model answers {outcome.answer!r})"
+        for outcome in outcomes
+        if not outcome.said
+    ]
+    if silent:
+        raise NotSaidError(f"{len(silent)} of {len(outcomes)} edits are not said: {'; '.join(silent)}")
+
+
 def outcomes_of(
     batch: Sequence[TokenisedRequest],
     targets: Sequence[Target],

@@ -19,7 +19,8 @@ from coachhook_fast.editing.key_memory import KeyMemory
 from coachhook_fast.editing.keys import KeyCollector
 from coachhook_fast.editing.schedule import Assignment
 from coachhook_fast.edits.delta import LowRankDelta
-from coachhook_fast.edits.edit_set import EditSet, LayerUpdate, whitened_by
+from coachhook_fast.edits.edit_set import EditSet, LayerUpdate
+from coachhook_fast.edits.removal import whitened_by
 from coachhook_fast.edits.threshold import Threshold
 from coachhook_fast.hooks.hooks import Hooks
 from coachhook_fast.models.passes.forward import PartialModel
@@ -78,7 +79,8 @@ def update_layers(
         values: V [m, n], each for the output of the last layer that its request edits.
         hard_negatives: texts that the edits should pass by (see hard_negatives.py).
         moments: E[k kᵀ] [d, d] of each edited layer.
-        threshold: (position, new delta, keys [d, N] of all edits) -> the layer's threshold with it.
+        threshold: (position, new delta, keys [d, N] of all edits) -> τ of `calibrated` with it; the `sequence` gate's α
+            stands until `lower_alphas`.
         tell: observer, see `Editor.edit`.
     """
     config, count = edits.config, len(edits.layers)
@@ -112,7 +114,7 @@ def update_layers(
         old = edits.deltas[position]
         if not own:
             nothing = old.B.new_zeros(old.out_features, 0), old.B.new_zeros(old.in_features, 0)
-            update = LayerUpdate(K, nothing[0], nothing[1])
+            update = LayerUpdate(K, nothing[0], nothing[1], requests=tuple(order))
             updates.append(replace(update, spread=nothing[1]) if config.threshold_whitened else update)
             continue
         assert readings.outputs is not None
@@ -125,14 +127,15 @@ def update_layers(
         if config.specific:
             R = _in_full(R, mine, X)
         tell("update", layer, K=K, R=R, X=X, s=s, N=N)
-        update = LayerUpdate(K, R.to(old.dtype), X.to(old.dtype))
+        update = LayerUpdate(K, R.to(old.dtype), X.to(old.dtype), requests=tuple(order))
         delta = old.append(update.residuals, update.directions)
         if config.threshold_whitened:
             moment = moments[layer]
             update = replace(update, spread=(moment @ X.to(moment)).to(update.directions))
             delta = whitened_by(delta, [*(batch.layers[position] for batch in edits.batches), update])
         mine = torch.cat([edits.edit_keys(position).to(K), mine], dim=1) if edits.batches else mine
-        edits = edits.with_layer(position, delta, threshold(position, delta, mine))
+        standing = edits.thresholds[position]
+        edits = edits.with_layer(position, delta, standing if whole else threshold(position, delta, mine))
         hooks.publish(edits)
         updates.append(update)
     hooks.enable()
@@ -152,8 +155,17 @@ def _in_full(R: Tensor, K: Tensor, X: Tensor) -> Tensor:
 def lower_alphas(
     partial: PartialModel, hooks: Hooks, updated: BatchUpdate, batch: Sequence[TokenisedRequest]
 ) -> BatchUpdate:
-    """Step 3 of the `sequence` gate: α <- min(α, what the batch's own texts reach)."""
+    """Step 3 of the `sequence` gate: α <- min(α, what the batch's own texts reach).
+
+    What each request reaches is noted too, so that one can be removed without the others: at the α that all have
+    agreed on, for the layers above see what those below let through.
+    """
     bounds = reachable_alphas(partial, hooks, updated.edits, batch)
     lowered = [Threshold(min(old.value, new)) for old, new in zip(updated.edits.thresholds, bounds, strict=True)]
-    layers = tuple(replace(update, alpha=alpha) for update, alpha in zip(updated.layers, bounds, strict=True))
-    return replace(updated, edits=updated.edits.with_thresholds(lowered), layers=layers)
+    edits = updated.edits.with_thresholds(lowered)
+    each = [bounds] if len(batch) == 1 else [reachable_alphas(partial, hooks, edits, [tokens]) for tokens in batch]
+    layers = tuple(
+        replace(update, alpha=alpha, alphas=tuple(alphas))
+        for update, alpha, alphas in zip(updated.layers, bounds, zip(*each, strict=True), strict=True)
+    )
+    return replace(updated, edits=edits, layers=layers)

@@ -102,6 +102,8 @@ def _check_update(batch: Batch, position: int, update: LayerUpdate, edit_set: Ed
         _check_values(f"{where}.{name}", tensor)
     if update.keys.shape[1] < n:
         raise ValueError(f"{where}.keys has {update.keys.shape[1]} columns for {n} residuals")
+    if update.requests is not None and len(update.requests) != update.keys.shape[1]:
+        raise ValueError(f"{where}.keys has {update.keys.shape[1]} columns, of the requests {list(update.requests)}")
     if edit_set.config.threshold_whitened and update.spread is None:
         raise ValueError(f"{where}.spread is missing, which threshold_whitened needs")
 

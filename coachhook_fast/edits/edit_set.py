@@ -5,8 +5,7 @@ An editor makes a new one with every batch and publishes it whole; a batch that 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,7 +15,6 @@ from torch import Tensor
 from coachhook_fast.config import EditConfig
 from coachhook_fast.edits.delta import LowRankDelta
 from coachhook_fast.edits.threshold import Threshold
-from coachhook_fast.edits.whitening import whitened
 from coachhook_fast.request import EditRequest
 
 
@@ -29,6 +27,9 @@ class LayerUpdate:
             turn: it only learned the keys.
         alpha: the batch's own bound on α (`sequence`): min over requests of max over tokens of z; inf otherwise.
         spread: E[k kᵀ] X [d, n], what ordinary text makes of the directions; under `threshold_whitened` only.
+        requests: the request, by its place in the batch, of each column of K; those of R and X come first. None in edit
+            sets of earlier versions.
+        alphas: the bound on α of each request of the batch, the least of which is `alpha`; () where nobody noted them.
     """
 
     keys: Tensor
@@ -36,6 +37,16 @@ class LayerUpdate:
     directions: Tensor
     alpha: float = float("inf")
     spread: Tensor | None = None
+    requests: tuple[int, ...] | None = None
+    alphas: tuple[float, ...] = ()
+
+    def columns(self, count: int) -> tuple[int, ...] | None:
+        """`requests` in a batch of `count`; where they were not noted, what is certain without: a layer that all
+        requests edit, or none, has them in the batch's order. None where that is not so."""
+        if self.requests is not None:
+            return self.requests
+        whole = self.keys.shape[1] == count and self.residuals.shape[1] in (0, count)
+        return tuple(range(count)) if whole else None
 
 
 @dataclass(frozen=True)
@@ -86,6 +97,29 @@ class Batch:
         return tuple(outcome.request for outcome in self.outcomes)
 
 
+REASONS = ("removed", "rolled back", "superseded")
+
+
+@dataclass(frozen=True)
+class Removed:
+    """What the ledger keeps of a request that was taken out again.
+
+    Attributes:
+        batch: id of the batch that it came with; index: its number there, counted from 0 as the batch was made; edited:
+            when that was.
+        time: when it was taken out; reason: one of REASONS.
+        by: id of the batch in which an edit of the same fact took its place, "" where none did.
+    """
+
+    batch: str
+    index: int
+    edited: str
+    request: EditRequest
+    time: str
+    reason: str
+    by: str = ""
+
+
 @dataclass(frozen=True)
 class EditSet:
     """All edits of one base model.
@@ -97,8 +131,9 @@ class EditSet:
         deltas, thresholds: one a layer of `config.layers`.
         batches: the ledger, oldest first.
         statistics: run of the key statistics that the latest batch was made with, "" where it has no name.
-        seen: ids of the batches in a folder when one of this set's line was last read from it or written to it; one
-            mapping for all sets that are made from another by `replace`.
+        removed: requests that were taken out of the ledger again, in the order in which that was done.
+        seen: what a folder held (`store.state_of`) when one of this set's line was last read from it or written to it;
+            one mapping for all sets that are made from another by `replace`.
     """
 
     model: str
@@ -108,7 +143,8 @@ class EditSet:
     thresholds: tuple[Threshold, ...]
     batches: tuple[Batch, ...] = ()
     statistics: str = ""
-    seen: dict[str, tuple[str, ...]] = field(default_factory=dict, compare=False, repr=False)
+    removed: tuple[Removed, ...] = ()
+    seen: dict[str, tuple[Any, ...]] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -152,6 +188,9 @@ class EditSet:
     def with_batch(self, batch: Batch) -> EditSet:
         return replace(self, batches=(*self.batches, batch))
 
+    def with_removed(self, removed: Sequence[Removed]) -> EditSet:
+        return replace(self, removed=(*self.removed, *removed))
+
     def check_updates(self) -> None:
         """ValueError where the batches came without their updates, which serving needs not (`store.load`)."""
         if any(not batch.layers for batch in self.batches):
@@ -175,68 +214,29 @@ class EditSet:
         known = [batch.id for batch in self.batches]
         raise ValueError(f"batch_id {batch_id!r} is not in the ledger, which holds {known}")
 
+    def numbers(self, batch: Batch) -> tuple[int, ...]:
+        """The number of each outcome of `batch`, counted from 0 as the batch was made: others keep theirs where a
+        request was removed."""
+        gone = {removed.index for removed in self.removed if removed.batch == batch.id}
+        return tuple(number for number in range(len(batch.outcomes) + len(gone)) if number not in gone)
 
-def whitened_by(delta: LowRankDelta, updates: Sequence[LayerUpdate]) -> LowRankDelta:
-    """`delta` measured as `threshold_whitened` wants it; ValueError where an update knows no `spread`.
+    def place_of(self, batch_id: str, index: int) -> int:
+        """Where in its batch's outcomes the request number `index` of the batch stands (see `numbers`).
 
-    Args:
-        updates: all that `delta` is the sum of.
-    """
-    spreads = [update.spread.to(delta.B) for update in updates if update.spread is not None]
-    if len(spreads) < len(updates):
-        raise ValueError("threshold_whitened is true, but the edit set holds batches that were made without")
-    residuals = [update.residuals.to(delta.B) for update in updates]  # batches that were loaded lie on the CPU
-    return whitened(delta, torch.cat(residuals, dim=1), torch.cat(spreads, dim=1))
-
-
-def without(edit_set: EditSet, batch_id: str, calibrate: Callable[[int, LowRankDelta, Tensor], Threshold]) -> EditSet:
-    """The edit set as if the batch had never been made: Δ replayed from the other batches' updates.
-
-    Args:
-        calibrate: (position, delta, keys [d, N]) -> τ, asked only under `calibrated` and where the ledger does not hold
-            the answer.
-
-    Raises:
-        ValueError: no such batch.
-    """
-    edit_set.find(batch_id)
-    edit_set.check_updates()
-    place = [batch.id for batch in edit_set.batches].index(batch_id)
-    rest = (*edit_set.batches[:place], *edit_set.batches[place + 1 :])
-    known = rest[-1].thresholds if rest and place == len(rest) else ()
-    deltas, thresholds = [], []
-    for position, delta in enumerate(edit_set.deltas):
-        replayed = LowRankDelta.zeros(delta.out_features, delta.in_features, dtype=delta.dtype, device=delta.device)
-        for batch in rest:
-            replayed = replayed.append(batch.layers[position].residuals, batch.layers[position].directions)
-        if edit_set.config.threshold_whitened and rest:
-            replayed = whitened_by(replayed, [batch.layers[position] for batch in rest])
-        deltas.append(replayed)
-        if edit_set.config.gate == "sequence":
-            alphas = [batch.layers[position].alpha for batch in rest]
-            thresholds.append(Threshold(min([edit_set.config.alpha, *alphas])))
-        elif not rest:
-            thresholds.append(Threshold(math.inf))
-        elif known:
-            thresholds.append(known[position])
-        else:
-            thresholds.append(calibrate(position, replayed, replace(edit_set, batches=rest).edit_keys(position)))
-    # The thresholds after later batches were found with the batch among the edits.
-    rest = _recalibrated(rest, place, thresholds)
-    return replace(edit_set, deltas=tuple(deltas), thresholds=tuple(thresholds), batches=rest)
-
-
-def recalibrated(edit_set: EditSet, calibrate: Callable[[int, LowRankDelta, Tensor], Threshold]) -> EditSet:
-    """The edit set with τ of every layer found anew, as its config wants it now; `calibrate` as for `without`."""
-    thresholds = [calibrate(at, delta, edit_set.edit_keys(at)) for at, delta in enumerate(edit_set.deltas)]
-    batches = _recalibrated(edit_set.batches, 0, thresholds)
-    return replace(edit_set, thresholds=tuple(thresholds), batches=batches)
-
-
-def _recalibrated(batches: Sequence[Batch], place: int, thresholds: Sequence[Threshold]) -> tuple[Batch, ...]:
-    """`batches`, of which those from `place` on no longer know what τ was after them; after the last it is this."""
-    known = [*batches[:place], *(replace(batch, thresholds=()) for batch in batches[place:])]
-    return (*known[:-1], *(replace(batch, thresholds=tuple(thresholds)) for batch in known[-1:]))
+        Raises:
+            TypeError: `index` is no integer.
+            ValueError: no such batch, or no such request in it any more; the message says what there is.
+        """
+        if isinstance(index, bool) or not isinstance(index, int):
+            raise TypeError(f"index must be an integer, got {index!r}")
+        gone = next((one for one in self.removed if (one.batch, one.index) == (batch_id, index)), None)
+        if gone is not None:
+            how = f"{gone.reason} by batch {gone.by!r}" if gone.by else gone.reason
+            raise ValueError(f"request {index} of batch {batch_id!r} is not there any more: {how} at {gone.time}")
+        numbers = self.numbers(self.find(batch_id))
+        if index not in numbers:
+            raise ValueError(f"batch {batch_id!r} has no request {index}: it has {list(numbers)}")
+        return numbers.index(index)
 
 
 def _replaced(values: tuple[Any, ...], position: int, value: Any) -> tuple[Any, ...]:

@@ -13,20 +13,25 @@ from typing import Any
 
 from coachhook_fast import files
 from coachhook_fast.config import EditConfig, current_names
-from coachhook_fast.edits.edit_set import Batch, EditOutcome
+from coachhook_fast.edits.edit_set import REASONS, Batch, EditOutcome, Removed
 from coachhook_fast.edits.threshold import Threshold
 from coachhook_fast.limits import check_bounds
 from coachhook_fast.request import EditRequest
 
 FORMAT = 1
 MANIFEST = "edit_set.json"
+State = tuple[tuple[str, str], ...]
 RUN_NAME = "[0-9A-Za-z_-]{0,64}"  # of key statistics: a name in the cache, never a path
 _LEAST, _MOST = 2.0**-126, 2.0**127  # numbers that fp32 holds in full
 _FIELDS = {"format", "model", "config", "contexts", "thresholds", "weights", "batches"}
-_NEWER_FIELDS = {"statistics"}  # sets written before they were there lack them
+_NEWER_FIELDS = {"statistics", "removed"}  # sets written before they were there lack them
 _BATCH_KINDS: dict[str, Any] = {
     "id": str, "parent": (str, type(None)), "time": str, "seconds": (int, float), "metrics": dict,
     "alphas": list, "thresholds": list, "outcomes": list, "tensors": dict,
+}  # fmt: skip
+_NEWER_BATCH_FIELDS = {"columns", "request_alphas"}
+_REMOVED_KINDS: dict[str, Any] = {
+    "batch": str, "index": int, "edited": str, "request": dict, "time": str, "reason": str, "by": str,
 }  # fmt: skip
 
 
@@ -56,13 +61,28 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def committed_batches(folder: Path) -> tuple[str, ...]:
-    """Ids of the batches that a manifest names, without a look at the rest; ValueError where it is none."""
+def committed_state(folder: Path) -> tuple[State, State]:
+    """`state_of_manifest` of what `folder` holds, without a look at the rest; ValueError where it is none."""
     path = folder / MANIFEST
     try:
-        return tuple(str(line["id"]) for line in files.parse_json(_text(path))["batches"])
-    except (ValueError, TypeError, KeyError) as error:
+        return state_of_manifest(files.parse_json(_text(path)))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} cannot be read, so nothing is saved over it: {error}") from error
+
+
+def state_of_manifest(manifest: Mapping[str, Any]) -> tuple[State, State]:
+    """What tells versions of an edit set apart: (id and facts) of each batch, and what was removed, in order. A batch
+    keeps its id when it loses a request, so its id alone would not tell."""
+    batches = tuple(
+        (str(line["id"]), _digest([outcome["request"] for outcome in line["outcomes"]])) for line in manifest["batches"]
+    )
+    removed = tuple((str(line["batch"]), str(line["index"])) for line in manifest.get("removed", ()))
+    return batches, removed
+
+
+def _digest(requests: Sequence[Mapping[str, Any]]) -> str:
+    facts = [[request[name] for name in ("prompt", "subject", "target_new")] for request in requests]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 def _text(path: Path) -> str:
@@ -88,7 +108,7 @@ def _check(manifest: Mapping[str, Any]) -> None:
     parent = None
     seen: set[str] = set()
     for line in manifest["batches"]:
-        if set(line) != set(_BATCH_KINDS):
+        if set(line) - _NEWER_BATCH_FIELDS != set(_BATCH_KINDS):
             raise ValueError(f"a ledger line has the fields {sorted(line)}, expected {sorted(_BATCH_KINDS)}")
         for name, kind in _BATCH_KINDS.items():
             if not isinstance(line[name], kind):
@@ -107,8 +127,11 @@ def _check(manifest: Mapping[str, Any]) -> None:
             raise ValueError(f"batch {parent!r} has alphas {line['alphas']} for layers {layers}")
         for alpha in line["alphas"]:
             alpha_of(alpha)
-        outcomes_in(line)
+        count = len(outcomes_in(line))
+        columns_in(line, len(layers), count)
+        request_alphas_in(line, len(layers), count)
         _check_file(line["tensors"], "batch")
+    removed_in(manifest)
 
 
 def _check_file(entry: Mapping[str, Any], kind: str) -> None:
@@ -157,6 +180,8 @@ def batch_line(batch: Batch, parent: str | None, tensors: Mapping[str, str]) -> 
         "seconds": batch.seconds,
         "metrics": batch.metrics,
         "alphas": [_number(update.alpha) for update in batch.layers],
+        "columns": [None if update.requests is None else list(update.requests) for update in batch.layers],
+        "request_alphas": [[_number(alpha) for alpha in update.alphas] for update in batch.layers],
         "thresholds": thresholds_line(batch.thresholds),
         "outcomes": [asdict(outcome) for outcome in batch.outcomes],
         "tensors": tensors,
@@ -183,6 +208,69 @@ def outcomes_in(line: Mapping[str, Any]) -> tuple[EditOutcome, ...]:
         )
         for outcome in line["outcomes"]
     )
+
+
+def columns_in(line: Mapping[str, Any], layers: int, count: int) -> list[tuple[int, ...] | None]:
+    """`LayerUpdate.requests` of each of `layers` layers in the ledger line of a batch of `count` requests; ValueError
+    where one does not name every request once."""
+    found = line.get("columns", [None] * layers)
+    if not isinstance(found, list) or len(found) != layers:
+        raise ValueError(f"batch {line['id']!r} has columns {found!r} for {layers} layers")
+    for columns in found:
+        if columns is None:
+            continue
+        if not isinstance(columns, list) or any(type(each) is not int for each in columns):
+            raise TypeError(f"batch {line['id']!r} has columns {columns!r}, expected numbers of requests")
+        if sorted(columns) != list(range(count)):
+            raise ValueError(f"batch {line['id']!r} has columns {columns} for {count} requests")
+    return [None if columns is None else tuple(columns) for columns in found]
+
+
+def request_alphas_in(line: Mapping[str, Any], layers: int, count: int) -> list[tuple[float, ...]]:
+    """`LayerUpdate.alphas` of each layer in a ledger line; ValueError where there are more or fewer than requests."""
+    found = line.get("request_alphas", [[]] * layers)
+    if not isinstance(found, list) or len(found) != layers or not all(isinstance(alphas, list) for alphas in found):
+        raise ValueError(f"batch {line['id']!r} has request_alphas {found!r} for {layers} layers")
+    if wrong := [alphas for alphas in found if len(alphas) not in (0, count)]:
+        raise ValueError(f"batch {line['id']!r} has request_alphas {wrong[0]} for {count} requests")
+    return [tuple(map(alpha_of, alphas)) for alphas in found]
+
+
+def numbers_in(line: Mapping[str, Any], removed: Sequence[Mapping[str, Any]]) -> list[int]:
+    """The number of each outcome in the ledger line of a batch, see `EditSet.numbers`."""
+    gone = {one["index"] for one in removed if one["batch"] == line["id"]}
+    return [number for number in range(len(line["outcomes"]) + len(gone)) if number not in gone]
+
+
+def removed_line(removed: Removed) -> dict[str, Any]:
+    return asdict(removed)
+
+
+def removed_in(manifest: Mapping[str, Any]) -> tuple[Removed, ...]:
+    """What a manifest says was taken out of the ledger; ValueError or TypeError where no editor writes that."""
+    lines = manifest.get("removed", [])
+    if not isinstance(lines, list):
+        raise TypeError(f"removed is {lines!r}, expected a list")
+    left = {line["id"]: len(line["outcomes"]) for line in manifest["batches"]}
+    gone: dict[str, set[int]] = {}
+    found = []
+    for line in lines:
+        if not isinstance(line, dict) or set(line) != set(_REMOVED_KINDS):
+            raise ValueError(f"a removed request is {line!r}, expected the fields {sorted(_REMOVED_KINDS)}")
+        for name, kind in _REMOVED_KINDS.items():
+            if type(line[name]) is not kind:
+                raise TypeError(f"{name} of a removed request is {line[name]!r}")
+        if line["reason"] not in REASONS:
+            raise ValueError(f"reason of a removed request must be one of {REASONS}, got {line['reason']!r}")
+        numbers = gone.setdefault(line["batch"], set())
+        if line["index"] < 0 or line["index"] in numbers:
+            raise ValueError(f"request {line['index']} of batch {line['batch']!r} cannot have been removed (twice)")
+        numbers.add(line["index"])
+        found.append(Removed(**{**line, "request": _request_of(line["request"])}))
+    for batch, numbers in gone.items():
+        if batch in left and max(numbers) >= left[batch] + len(numbers):
+            raise ValueError(f"batch {batch!r} had no request {max(numbers)} to remove")
+    return tuple(found)
 
 
 def _request_of(fields: Mapping[str, Any]) -> EditRequest:

@@ -31,11 +31,17 @@ from coachhook_fast.edits.lock import holder, locked
 from coachhook_fast.edits.manifest import (  # fmt: skip
     FORMAT,
     MANIFEST,
+    State,
     alpha_of,
     batch_line,
-    committed_batches,
+    columns_in,
+    committed_state,
     outcomes_in,
     read_manifest,
+    removed_in,
+    removed_line,
+    request_alphas_in,
+    state_of_manifest,
     thresholds_line,
     thresholds_of,
     to_json,
@@ -62,14 +68,14 @@ def save(edit_set: EditSet, folder: Path, *, overwrite: bool = False) -> None:
         overwrite: also over an edit set that this one does not go on from.
 
     Raises:
-        ConflictError: `folder` holds batches that are neither this set's first ones nor all that it held when this
-            set, or one that it was made from, was last read from there or written there.
+        ConflictError: `folder` holds batches and removals that are neither this set's first ones nor all that it held
+            when this set, or one that it was made from, was last read from there or written there.
         ValueError: it was loaded for serving, without its batches' updates; or holds what `load` would not take.
     """
     edit_set.check_updates()
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
-        ours = tuple(batch.id for batch in edit_set.batches)
+        ours = state_of(edit_set)
         if not overwrite:
             _check_follows(edit_set, ours, folder)
         weights = {
@@ -86,6 +92,7 @@ def save(edit_set: EditSet, folder: Path, *, overwrite: bool = False) -> None:
             "thresholds": thresholds_line(edit_set.thresholds),
             "weights": write_tensors(folder, "weights", weights),
             "statistics": edit_set.statistics,
+            "removed": [removed_line(one) for one in edit_set.removed],
             "batches": [
                 batch_line(batch, parent, _write_batch(folder, batch))
                 for batch, parent in zip(edit_set.batches, parents, strict=False)
@@ -97,15 +104,28 @@ def save(edit_set: EditSet, folder: Path, *, overwrite: bool = False) -> None:
         _sweep(folder, manifest)
 
 
-def _check_follows(edit_set: EditSet, ours: tuple[str, ...], folder: Path) -> None:
+def state_of(edit_set: EditSet) -> tuple[State, State]:
+    """What tells this version of the set from others of its line: see `manifest.state_of_manifest`."""
+    lines = [
+        {"id": batch.id, "outcomes": [{"request": vars(request)} for request in batch.requests]}
+        for batch in edit_set.batches
+    ]
+    removed = [{"batch": one.batch, "index": one.index} for one in edit_set.removed]
+    return state_of_manifest({"batches": lines, "removed": removed})
+
+
+def _check_follows(edit_set: EditSet, ours: tuple[State, State], folder: Path) -> None:
     if not (folder / MANIFEST).exists():
         return
-    committed = committed_batches(folder)
-    if committed == edit_set.seen.get(_place(folder)) or ours[: len(committed)] == committed:
+    committed = committed_state(folder)
+    goes_on = all(mine[: len(theirs)] == theirs for mine, theirs in zip(ours, committed, strict=True))
+    if goes_on or committed == edit_set.seen.get(_place(folder)):
         return
+    batches, removed = committed
+    held = f"{len(batches)} batches" + (f" up to {batches[-1][0]!r}" if batches else "")
     raise ConflictError(
-        f"{folder} holds another edit set by now, of {len(committed)} batches up to {committed[-1]!r}, written by "
-        f"{holder(folder)}: go on from that one (--edits, Editor(edits=...)), or save into another folder"
+        f"{folder} holds another edit set by now, of {held}{f' and {len(removed)} removed edits' if removed else ''}, "
+        f"written by {holder(folder)}: go on from that one (--edits, Editor(edits=...)), or save into another folder"
     )
 
 
@@ -142,7 +162,8 @@ def _edit_set_of(folder: Path, manifest: Mapping[str, Any], *, updates: bool, ac
         thresholds=thresholds_of(manifest["thresholds"], layers),
         batches=tuple(_read_batch(folder, line, layers, updates=updates) for line in manifest["batches"]),
         statistics=str(manifest.get("statistics", "")),
-        seen={_place(folder): tuple(line["id"] for line in manifest["batches"])},
+        removed=removed_in(manifest),
+        seen={_place(folder): state_of_manifest(manifest)},
     )
     if updates:
         with _named(folder):
@@ -289,6 +310,8 @@ def _read_updates(folder: Path, line: Mapping[str, Any], layers: int) -> tuple[L
     needed = {f"{position}.{name}" for position in range(layers) for name in _UPDATE}
     spreads = {f"{position}.{_SPREAD}" for position in range(layers)}
     tensors = read_tensors(folder, line["tensors"], needed, spreads)
+    count = len(line["outcomes"])
+    columns, alphas = columns_in(line, layers, count), request_alphas_in(line, layers, count)
     return tuple(
         LayerUpdate(
             keys=tensors[f"{position}.keys"],
@@ -296,6 +319,8 @@ def _read_updates(folder: Path, line: Mapping[str, Any], layers: int) -> tuple[L
             directions=tensors[f"{position}.directions"],
             alpha=alpha_of(alpha),
             spread=tensors.get(f"{position}.{_SPREAD}"),
+            requests=columns[position],
+            alphas=alphas[position],
         )
         for position, alpha in enumerate(line["alphas"])
     )

@@ -16,7 +16,7 @@ from cli_cases import QUICK, edits, facts, fails, model, out, run_json
 from tiny import tiny_facts, tiny_model, tiny_tokenizer
 
 from coachhook_fast.cli import main
-from coachhook_fast.edits.edit_set import without
+from coachhook_fast.edits.removal import without
 from coachhook_fast.edits.threshold import Threshold
 
 
@@ -246,6 +246,6 @@ def test_a_folder_that_another_run_filled_meanwhile(
     other = without(other, other.batches[0].id, lambda *_: Threshold(1.0))
     shutil.rmtree(folder)
     shutil.copytree(home / "edits", folder)
-    other.seen[str(folder.resolve())] = tuple(batch.id for batch in store.load(folder).batches)
+    other.seen[str(folder.resolve())] = store.state_of(store.load(folder))
     assert "up to 'third'" in fails(capsys, *arguments, "--edits", str(folder))
     assert [batch.id for batch in store.load(folder).batches] == [batch.id for batch in other.batches]

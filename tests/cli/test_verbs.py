@@ -196,12 +196,65 @@ def test_log_and_rollback(home: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert run_json(capsys, *arguments) == {
         "removed": first,
         "removed_edits": 2,
+        "requests": [0, 1],
         "batches": [second],
         "out": str(home / "less"),
     }
     assert [batch["id"] for batch in run_json(capsys, "log", "--edits", str(home / "less"))["batches"]] == [second]
     assert len(run_json(capsys, "log", *edits(home))["batches"]) == 2
     assert "removed batch" in run_text(capsys, "rollback", *model(home), "--edits", str(home / "less"), second)
+
+
+def test_rollback_of_one_request(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = (batch["id"] for batch in run_json(capsys, "log", *edits(home))["batches"])
+    fact = tiny_facts(6)[1]
+    arguments = ["rollback", *model(home), *edits(home), *out(home, "one-less"), second, "--request", "0"]
+    data = run_json(capsys, *arguments)
+    assert (data["removed"], data["removed_edits"], data["requests"]) == (second, 1, [0])
+    assert data["batches"] == [first, second]
+    less = ["--edits", str(home / "one-less")]
+    shown = run_text(capsys, "rollback", *model(home), *less, first, "--request", "1")
+    subject, target = fact["subject"], fact["target_new"]
+    assert f"removed '{fact['prompt'].format(subject)}' -> '{target}' from batch {first}; 2 batches are left" in shown
+    data = run_json(capsys, "log", *less)
+    assert [[edit["request"] for edit in batch["edits"]] for batch in data["batches"]] == [[0], [1]]
+    found = [(one["batch"], one["index"], one["reason"]) for one in data["removed"]]
+    assert found == [(second, 0, "removed"), (first, 1, "removed")]
+    assert "2 edits of model" in run_text(capsys, "log", *less)
+    text = run_text(capsys, "log", *less, "--facts")
+    assert text.count(subject) == 1  # among the removed ones
+    assert run_json(capsys, "verify-edits", str(home / "one-less"))["edits"] == 2
+    again = ["rollback", *model(home), *less, first, "--request"]
+    assert f"request 1 of batch '{first}' is not there any more: removed at" in fails(capsys, *again, "1")
+    assert f"batch '{first}' has no request 7: it has [0]" in fails(capsys, *again, "7")
+    for wrong in ("-1", "x", "1.5", "", "9" * 99):
+        assert "must be a number from 0 on" in fails(capsys, *again[:-1], f"--request={wrong}")
+    assert run_json(capsys, *again, "0")["batches"] == [second]
+    assert main(["rollback", *model(home), *less, second, "--request", "1"]) == 0
+    assert run_json(capsys, "check", *model(home), *less) == {"facts": [], "said": 0, "not_said": 0}
+
+
+def test_check(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A random model says no word of the facts; one token behind the subject it does."""
+    data = run_json(capsys, "check", *model(home), *edits(home), code=1)
+    assert (data["said"], data["not_said"]) == (0, 4)
+    assert [fact["request"] for fact in data["facts"]] == [0, 1, 0, 1]
+    asked = data["facts"][0]["questions"][0]
+    assert asked["text"] == f"{tiny_facts(1)[0]['subject']} works as a"
+    assert not asked["said"]
+    assert asked["answer"]
+    text = run_text(capsys, "check", *model(home), *edits(home), code=1)
+    assert "0 of 4 facts are said" in text
+    path = home / "said.jsonl"
+    path.write_text(json.dumps({"prompt": "The home of {}", "subject": "Ada Vale", "target_new": "w"}))
+    strong = ["--set", "v_num_grad_steps=60", "--set", "mom2_n_tokens=600", "--set", "mom2_update_weight=0.01"]
+    strong += ["--set", "threshold_rule=fpr", "--set", "threshold_fpr=0.99", "--set", "context_seeds=[]"]
+    strong += ["--set", "subject_templates=[]", "--set", "v_lr=0.3", "--layers", "1,2"]
+    assert main(["edit", *model(home), "--facts", str(path), *strong, *out(home, "said")]) == 0
+    said = run_json(capsys, "check", *model(home), "--edits", str(home / "said"))
+    assert (said["said"], said["not_said"]) == (1, 0)
+    assert "1 of 1 facts are said" in run_text(capsys, "check", *model(home), "--edits", str(home / "said"))
+    assert "holds no edit set" in fails(capsys, "check", *model(home), "--edits", str(home))
 
 
 def test_a_copy_with_nothing_to_edit_is_still_written(home: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,8 +16,9 @@ from bad_inputs import assert_refused
 from safetensors.torch import save as to_bytes
 from store_cases import edit_set, tensors_of, with_tensors
 
-from coachhook_fast import EditConfig
+from coachhook_fast import EditConfig, EditRequest
 from coachhook_fast.edits import store
+from coachhook_fast.edits.edit_set import Removed
 from coachhook_fast.edits.manifest import MANIFEST
 
 Case = tuple[str, Callable[[Path], None]]
@@ -26,7 +27,9 @@ Case = tuple[str, Callable[[Path], None]]
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
-    store.save(edit_set(2), folder)
+    edits = edit_set(2)
+    removed = Removed(**{**_REMOVED, "request": EditRequest(**_REMOVED["request"])})
+    store.save(edits.with_removed([removed]), folder)
     return folder
 
 
@@ -36,6 +39,11 @@ _BATCH, _OUTCOME = ("batches", 0), ("batches", 0, "outcomes", 0)
 _REQUEST = (*_OUTCOME, "request")
 _CONFIG = ("config",)
 _HUGE, _DEEP = 10**400, json.loads("[" * 500 + "]" * 500)
+_REMOVED: dict[str, Any] = {
+    "batch": "batch0000", "index": 2, "edited": "2025-01-01T00:00:00+00:00", "time": "2025-01-02T00:00:00+00:00",
+    "reason": "removed", "by": "",
+    "request": {"prompt": "{} is", "subject": "Ann 0", "target_new": "red"},
+}  # fmt: skip
 _WRONG: dict[tuple[Any, ...], list[Any]] = {
     ("format",): [None, 0, 2, "1", 1.5, [], {}, _HUGE],
     ("model",): [None, 1, [], {}, True],
@@ -65,6 +73,16 @@ _WRONG: dict[tuple[Any, ...], list[Any]] = {
     (*_OUTCOME, "steps"): [None, "x", [], {}],
     (*_OUTCOME, "leverage"): [None, 1, ["x"], [None], [[1]], [_HUGE]],
     (*_OUTCOME, "residual_left"): [None, "x", [], {}, _HUGE],
+    (*_BATCH, "columns"): [1, "x", {}, [], [None], [[0, 1]], [[0, 1], "01"], [[0, 1], [0]], [[0, 0], [0, 1]],
+                           [[0, 1, 2], [0, 1]], [[0, True], [0, 1]], [[0.0, 1], [0, 1]], [[0, -1], [0, 1]]],
+    (*_BATCH, "request_alphas"): [None, 1, "xy", {}, [], [[]], [[1], [1]], [[1, 2, 3], []], [["1", "2"], []], [1, 2]],
+    ("removed",): [None, 1, "x", {}, [1], [[]], [{}], [{"batch": "batch0000"}], [_REMOVED, _REMOVED],
+                   [{**_REMOVED, "index": 9}], [{**_REMOVED, "surprise": 1}]],
+    ("removed", 0): [{**_REMOVED, name: value} for name, value in (
+        ("batch", 1), ("index", -1), ("index", True), ("index", 1.5), ("index", "0"), ("edited", None), ("time", 1),
+        ("reason", "x"), ("reason", None), ("by", None), ("request", None), ("request", {}),
+        ("request", {"prompt": "x"}),
+    )],
     _REQUEST: [None, 1, "x", [], {}, {"prompt": "x"}, {"surprise": 1}],
     (*_REQUEST, "prompt"): [None, 1, [], "", " ", "{} {}", "without"],
     (*_REQUEST, "subject"): [None, 1, [], "", "\n"],
@@ -83,6 +101,7 @@ _WRONG: dict[tuple[Any, ...], list[Any]] = {
 }  # fmt: skip
 _MAY_LACK = {"statistics", "case_id", "ground_truth", "in_context_only"}
 _MAY_LACK |= {"paraphrases", "keep", "said", "answer", "said_paraphrases"}  # not in sets of earlier versions
+_MAY_LACK |= {"columns", "request_alphas", "removed"}
 
 
 def _without(manifest: dict[str, Any]) -> Iterator[tuple[Any, ...]]:

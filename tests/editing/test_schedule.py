@@ -198,9 +198,9 @@ def test_turns_begin_in_the_middle() -> None:
 def test_the_turn_goes_to_the_layers_with_the_fewest_edits() -> None:
     editor = make(config=CONFIG.replace(layers=(0, 1), round_robin=2))
     edited = []
-    for size in (3, 1, 1, 1, 1):
+    for first, size in ((0, 3), (3, 1), (4, 1), (5, 1), (6, 1)):
         edited.append(editor.edit_set.round_robin_order[0])
-        edit(editor, facts(size, seed=len(edited)))
+        edit(editor, facts(7)[first : first + size])
     assert edited == [(0,), (1,), (1,), (1,), (0,)]
 
 

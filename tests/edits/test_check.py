@@ -18,7 +18,7 @@ from coachhook_fast.cli import main
 from coachhook_fast.edits import store
 from coachhook_fast.edits.check import disagreement, orthonormality
 from coachhook_fast.edits.delta import LowRankDelta
-from coachhook_fast.edits.edit_set import without
+from coachhook_fast.edits.removal import without
 from coachhook_fast.edits.threshold import Threshold
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures" / "edit_sets"

@@ -140,8 +140,8 @@ def test_the_editor_measures_by_its_statistics() -> None:
 def test_it_is_saved_and_rolled_back_to_the_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     editor = make(config=ROUND_ROBIN)
     states = []
-    for seed in range(5):
-        batch = edit(editor, facts(2, seed=seed))
+    for number in range(5):
+        batch = edit(editor, facts(10)[2 * number : 2 * number + 2])
         states.append((snapshot(editor), logits(editor.model), editor.edit_set))
     editor.save_pretrained(tmp_path)
     saved = store.load(tmp_path)

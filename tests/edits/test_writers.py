@@ -19,9 +19,9 @@ from store_cases import assert_same, batch_number, edit_set
 
 from coachhook_fast import EditSet
 from coachhook_fast.edits import lock, store
-from coachhook_fast.edits.edit_set import without
 from coachhook_fast.edits.lock import LOCK
 from coachhook_fast.edits.manifest import MANIFEST
+from coachhook_fast.edits.removal import without
 from coachhook_fast.edits.threshold import Threshold
 
 KILLS = 200

@@ -155,6 +155,30 @@ def test_a_restart_serves_what_was_acknowledged(tmp_path: Path) -> None:
     service.stop()
 
 
+def test_an_edit_that_cannot_be_saved_leaves_the_old_one_of_its_fact(
+    running: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from coachhook_fast.edits import store
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError("no space left")
+
+    client = running.client()
+    client.post("/edits", json={"edits": FACTS[:2]})
+    listed, said = client.get("/edits").json(), answer(client)["choices"]
+    changed = {"edits": [{**FACTS[0], "target_new": "clerk"}]}
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "save", full)
+        assert client.post("/edits", json=changed).status_code == 500
+    client = running.client()  # the server closes a connection on which it failed
+    assert client.get("/edits").json() == listed
+    assert answer(client)["choices"] == said
+    made = client.post("/edits", json=changed).json()
+    saved = store.load(tmp_path / "edits")
+    assert [batch.id for batch in saved.batches] == [listed["batches"][0]["id"], made["id"]]
+    assert [request.target_new for request in saved.requests] == [FACTS[1]["target_new"], "clerk"]
+
+
 def test_only_bearers_of_the_token_get_in(running: Running) -> None:
     with running.client("wrong") as stranger:
         for method, path in (

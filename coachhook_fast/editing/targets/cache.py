@@ -29,7 +29,8 @@ class TargetCache:
             "model": edit_set.model,
             "config": edit_set.config.to_dict(),
             "contexts": edit_set.contexts,
-            "batches": [done.id for done in edit_set.batches],
+            # Ids alone would not tell: a batch keeps its own when it loses a request.
+            "batches": [(done.id, [request.text for request in done.requests]) for done in edit_set.batches],
             "requests": [
                 (
                     *(t.request.text, t.request.subject, t.request.target_new, t.bare.lookup),
