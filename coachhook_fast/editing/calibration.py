@@ -33,7 +33,7 @@ _EDIT_QUANTILE = 0.05
 
 def calibrate(delta: LowRankDelta, keys: torch.Tensor, own: torch.Tensor, config: EditConfig) -> Threshold:
     """τ of the `calibrated` gate for `delta`, from `keys` [S, d] of ordinary text and the edits' own, `own` [d, N]."""
-    if delta.rank == 0:
+    if delta.rank == 0 or own.shape[1] == 0:
         return Threshold(float("inf"))
     keys = keys.to(delta.device)
     relative = bool(config.threshold_relative)

@@ -9,12 +9,12 @@ row of its request: the edit holds wherever something precedes the subject (docs
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from coachhook_fast.editing.keys import outputs_at
 from coachhook_fast.models.passes.forward import PartialModel
-from coachhook_fast.request import TokenisedRequest
+from coachhook_fast.request import TokenisedRequest, TokenRow
 
 # A lookup state this many times longer than the shortest of its request stands at a sink: ordinary ones differ by less
 # than 1.5, sinks are 2.3 to 7 times as long (SmolLM2).
@@ -24,17 +24,32 @@ SINK_RATIO = 2.0
 def away_from_sinks(
     partial: PartialModel, last: int, batch: Sequence[TokenisedRequest], *, pad_id: int, max_tokens: int
 ) -> list[TokenisedRequest]:
-    """The batch with every row at a sink replaced by the request's first row that is not; run in the base model.
+    """The batch with every context and bare prompt at a sink replaced by the request's first row that is not, and its
+    other rows at sinks left out; run in the base model.
 
     A request of one row, or with all rows alike, stays as it is.
     """
-    each = len(batch[0].rows)
-    rows = [row for tokens in batch for row in tokens.rows]
-    outputs = outputs_at(partial, last, rows, pad_id=pad_id, max_tokens=max_tokens)
-    lengths = outputs.float().norm(dim=0).view(len(batch), each)
-    moved = []
-    for tokens, at_sink in zip(batch, (lengths > SINK_RATIO * lengths.amin(1, keepdim=True)).tolist(), strict=True):
-        ordinary = tokens.rows[at_sink.index(False)]
-        kept = tuple(ordinary if sink else row for row, sink in zip(tokens.rows, at_sink, strict=True))
-        moved.append(replace(tokens, rows=kept, in_context_only=at_sink[-1]))
-    return moved
+    rows = [row for tokens in batch for row in _all_rows(tokens)]
+    lengths = outputs_at(partial, last, rows, pad_id=pad_id, max_tokens=max_tokens).float().norm(dim=0)
+    return [
+        _moved(tokens, dict(zip(_all_rows(tokens), own.tolist(), strict=True)))
+        for tokens, own in zip(batch, lengths.split([len(_all_rows(tokens)) for tokens in batch]), strict=True)
+    ]
+
+
+def _all_rows(tokens: TokenisedRequest) -> tuple[TokenRow, ...]:
+    return (*tokens.asking, *tokens.held, *tokens.keep)
+
+
+def _moved(tokens: TokenisedRequest, lengths: Mapping[TokenRow, float]) -> TokenisedRequest:
+    """`tokens`, given the length of each row's state at its lookup."""
+    bound = SINK_RATIO * min(lengths.values())
+    if lengths[tokens.bare] <= bound and max(lengths.values()) <= bound:
+        return tokens
+    ordinary = next((row for row in (*tokens.rows, *lengths) if lengths[row] <= bound), tokens.bare)
+    others = {
+        name: tuple(row for row in getattr(tokens, name) if lengths[row] <= bound)
+        for name in ("paraphrases", "keep", "held")
+    }
+    kept = tuple(row if lengths[row] <= bound else ordinary for row in tokens.rows)
+    return replace(tokens, rows=kept, in_context_only=lengths[tokens.bare] > bound, **others)

@@ -133,6 +133,7 @@ def update_layers(
             moment = moments[layer]
             update = replace(update, spread=(moment @ X.to(moment)).to(update.directions))
             delta = whitened_by(delta, [*(batch.layers[position] for batch in edits.batches), update])
+        mine = update.changed_keys
         mine = torch.cat([edits.edit_keys(position).to(K), mine], dim=1) if edits.batches else mine
         standing = edits.thresholds[position]
         edits = edits.with_layer(position, delta, standing if whole else threshold(position, delta, mine))

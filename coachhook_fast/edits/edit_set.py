@@ -18,6 +18,10 @@ from coachhook_fast.edits.threshold import Threshold
 from coachhook_fast.request import EditRequest
 
 
+# An edit that a layer answers with less than this share of its batch's longest answer changes nothing there.
+_UNCHANGED = 0.05
+
+
 @dataclass(frozen=True)
 class LayerUpdate:
     """What one batch did to one layer: Δ += R Xᵀ, C += K Kᵀ.
@@ -39,6 +43,16 @@ class LayerUpdate:
     spread: Tensor | None = None
     requests: tuple[int, ...] | None = None
     alphas: tuple[float, ...] = ()
+
+    @property
+    def changed_keys(self) -> Tensor:
+        """K [d, N] of the requests that the layer answers anew: what the model said already asks for no change, and
+        its key need not pass the gate."""
+        own = self.keys[:, : self.residuals.shape[1]]
+        answers = (self.residuals @ (self.directions.T @ own.to(self.directions))).norm(dim=0)
+        if answers.numel() == 0:
+            return own
+        return own[:, (answers > _UNCHANGED * answers.max()).to(own.device)]
 
     def columns(self, count: int) -> tuple[int, ...] | None:
         """`requests` in a batch of `count`; where they were not noted, what is certain without: a layer that all
@@ -197,14 +211,15 @@ class EditSet:
             raise ValueError("the edit set was loaded for serving, without its batches' updates: read it by store.load")
 
     def edit_keys(self, position: int) -> Tensor:
-        """K [d, N] of all edits made in edited layer number `position`, oldest first; ValueError where there are no
-        batches at all, or the set was loaded for serving."""
+        """K [d, N] of the edits that changed edited layer number `position`, oldest first: what the model said already
+        has no residual, and does not count. ValueError where there are no batches at all, or the set was loaded for
+        serving."""
         if not self.batches:
             raise ValueError("an edit set without batches has no keys")
         self.check_updates()
         updates = [batch.layers[position] for batch in self.batches]
         device = self.deltas[position].device  # batches that were loaded lie on the CPU
-        return torch.cat([update.keys[:, : update.residuals.shape[1]].to(device) for update in updates], dim=1)
+        return torch.cat([update.changed_keys.to(device) for update in updates], dim=1)
 
     def find(self, batch_id: str) -> Batch:
         """The batch called `batch_id`; ValueError with the known ids where there is none."""
