@@ -42,9 +42,12 @@ _EASYEDIT_ONLY = {
 
 _EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 
-# The published settings (arXiv 2403.05330) of target values, contexts and steps, with the layers of `default_layers`.
-# The gate ("sequence") and λ (15 000, which suits d from 6 400 on) are left to whoever names them.
+# The published settings (arXiv 2403.05330), with the layers of `default_layers`. λ suits keys of width 6 400 on: a small
+# model takes an edit in with a smaller one only.
 PAPER: dict[str, Any] = {
+    "gate": "sequence",
+    "alpha": 2.2,
+    "mom2_update_weight": 15_000.0,
     "v_lr": 0.5,
     "v_num_grad_steps": 25,
     "v_loss_threshold": 0.05,
@@ -73,9 +76,8 @@ _ROUND_ROBIN: dict[str, Any] = {
     "threshold_whitened": True,
 }
 
-# Edits that change one fact and leave the rest of their subject alone: `EditConfig(**SPECIFIC)`. Not yet the defaults:
-# docs/experiments/specificity.md says what is measured and what is not.
-SPECIFIC: dict[str, Any] = {"specific": True, "subject_templates": (), "found_paraphrases": 2, "found_keep": 12}
+# Prompts that are found for a request whose target value is `specific`.
+_SPECIFIC: dict[str, Any] = {"found_paraphrases": 3, "found_keep": 12}
 
 # Settings that are None in a config until the model is known.
 ROUND_ROBIN_SETTINGS = ("round_robin", *_ROUND_ROBIN)
@@ -85,8 +87,7 @@ ROUND_ROBIN_SETTINGS = ("round_robin", *_ROUND_ROBIN)
 class EditConfig:
     """Settings of an editing run; every value is checked when the object is made.
 
-    The defaults are what docs/notes/ found best; `EditConfig(**PAPER, gate="sequence", mom2_update_weight=15_000)`
-    edits as published. Where `layers` are named, or the gate is `sequence`, the steps of a batch are the paper's unless
+    The defaults are what docs/experiments/ found best; `EditConfig(**PAPER)` edits as published. Where `layers` are named, or the gate is `sequence`, the steps of a batch are the paper's unless
     `round_robin` and `hard_negatives` say otherwise.
 
     Args:
@@ -105,8 +106,12 @@ class EditConfig:
         short_prefixes: share of the key statistics' tokens that are beginnings of texts, cut out of the corpus; they
             come on top of the token budget (docs/notes/relative.md). None: .2 where `round_robin` is above 1, else 0.
         hard_negative_tokens: tokens of the corpus kept to find them in.
-        v_lr: Adam's learning rate for the target values; None takes one a request (editing/targets/optimise.py).
-        v_num_grad_steps: most Adam steps for a target value.
+        specific: target values by normalised descent instead of Adam, with further steps for targets that are not said,
+            in later blocks (`later_layers`), inserted whole: edits change one fact and leave the rest of their subject
+            alone (docs/experiments/specificity.md). None: unless `v_lr` is given; the paper's is False.
+        v_lr: Adam's learning rate for the target values; None takes one a request (editing/targets/optimise.py). Not
+            for `specific` ones.
+        v_num_grad_steps: steps for a target value; at most four times as many for a `specific` one that is not said.
         v_weight_decay: weight of ||δ|| / ||v0||².
         v_loss_threshold: a request whose loss is below it stops.
         clamp_norm_factor: bound on ||δ|| / ||v0||.
@@ -114,9 +119,8 @@ class EditConfig:
         keep_factor: weight of KL(p0 || pδ) at the end of the prompts to keep, those of a request and those that are
             found, mean over them.
         found_paraphrases: a request with fewer paraphrases of its own gets so many from those that are known of its
-            question (editing/targets/wordings.py); found_keep: prompts to keep that are found for every request.
-        specific: target values by normalised descent instead of Adam, with further steps for targets that are not said,
-            in later blocks (`later_layers`); see SPECIFIC.
+            question (editing/targets/wordings.py); found_keep: prompts to keep that are found for every request. None:
+            3 and 12 where edits are `specific`, else none.
         continuation_factor: weight of KL(p0 || pδ) at the target's last token after the bare prompt: the text goes on
             as it would have instead of repeating the target. It costs reliability where targets are long
             (docs/notes/drift.md), so it is off, as in the paper.
@@ -157,6 +161,7 @@ class EditConfig:
     hard_negatives: int | None = None
     short_prefixes: float | None = None
     hard_negative_tokens: int = 1_000_000
+    specific: bool | None = None
     v_lr: float | None = None
     v_num_grad_steps: int = 15
     v_weight_decay: float = 0.5
@@ -164,9 +169,8 @@ class EditConfig:
     clamp_norm_factor: float = 3.0
     kl_factor: float = 0.0625
     keep_factor: float = 6.0
-    found_paraphrases: int = 0
-    found_keep: int = 0
-    specific: bool = False
+    found_paraphrases: int | None = None
+    found_keep: int | None = None
     continuation_factor: float = 0.0
     mom2_update_weight: float | None = None
     mom2_n_tokens: int | None = None
@@ -183,7 +187,7 @@ class EditConfig:
     threshold_keys: int = 4096
     context_seeds: tuple[str, ...] = ("The",)
     context_tokens: int = 10
-    subject_templates: tuple[str, ...] = ("{} is associated with", "A text about {} mentions")
+    subject_templates: tuple[str, ...] = ()
     max_batch_tokens: int | None = None
     layer_module_tmp: str | None = None
     rewrite_module_tmp: str | None = None
@@ -205,7 +209,8 @@ class EditConfig:
         for name in ("v_weight_decay", "v_loss_threshold", "kl_factor", "keep_factor", "continuation_factor"):
             _check_number(name, getattr(self, name), least=0.0)
         for name in ("found_paraphrases", "found_keep"):
-            _check_number(name, getattr(self, name), least=0, integer=True)
+            if getattr(self, name) is not None:
+                _check_number(name, getattr(self, name), least=0, integer=True)
         _check_number("v_num_grad_steps", self.v_num_grad_steps, least=1, integer=True)
         if self.max_batch_tokens is not None:
             _check_number("max_batch_tokens", self.max_batch_tokens, least=1, integer=True)
@@ -217,12 +222,12 @@ class EditConfig:
                 raise ValueError(
                     f"round_robin must be at most the number of layers {self.layers}, got {self.round_robin}"
                 )
-        if not isinstance(self.specific, bool):
-            raise TypeError(f"specific must be true or false, got {self.specific!r}")
-        for name in ("threshold_relative", "threshold_whitened"):
+        if self.specific and self.v_lr is not None:
+            raise ValueError(f"v_lr is Adam's rate, which specific edits have no use for, got {self.v_lr}")
+        for name in ("specific", "threshold_relative", "threshold_whitened"):
             if not isinstance(getattr(self, name), (bool, type(None))):
                 raise TypeError(f"{name} must be true, false or null, got {getattr(self, name)!r}")
-            if getattr(self, name) and self.gate != "calibrated":
+            if name != "specific" and getattr(self, name) and self.gate != "calibrated":
                 raise ValueError(f"{name} must be false where the gate is {self.gate!r}, got true")
         if self.other_layers_weight is not None:
             _check_number("other_layers_weight", self.other_layers_weight, above=0.0)
@@ -271,8 +276,9 @@ class EditConfig:
 
     @classmethod
     def from_saved(cls, values: Mapping[str, Any]) -> EditConfig:
-        """Reads settings of an edit set on disk; versions before those of ROUND_ROBIN_SETTINGS did as the paper."""
-        return cls.from_dict({**{name: PAPER[name] for name in ROUND_ROBIN_SETTINGS}, **current_names(values)})
+        """Reads settings of an edit set on disk; versions before those of a setting did as the paper."""
+        later = (*ROUND_ROBIN_SETTINGS, "specific", *_SPECIFIC)
+        return cls.from_dict({**{name: PAPER[name] for name in later}, **current_names(values)})
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> EditConfig:
@@ -281,13 +287,16 @@ class EditConfig:
 
     def resolved(self, num_layers: int, key_dim: int) -> EditConfig:
         """These settings for a model of `num_layers` blocks with keys of width `key_dim`: none of layers,
-        mom2_update_weight and those of ROUND_ROBIN_SETTINGS is None. ValueError if round_robin exceeds the layers."""
+        mom2_update_weight, specific and what follows from it, and ROUND_ROBIN_SETTINGS is None. ValueError if
+        round_robin exceeds the layers."""
+        specific = self.v_lr is None if self.specific is None else self.specific
+        found = _SPECIFIC if specific else dict.fromkeys(_SPECIFIC, 0)
         in_turn = (
             self.layers is None and self.gate == "calibrated" if self.round_robin is None else self.round_robin > 1
         )
         layers = self.layers
         if layers is None:
-            several = later_layers if self.specific else round_robin_layers
+            several = later_layers if specific else round_robin_layers
             layers = several(num_layers, key_dim) if in_turn else default_layers(num_layers)
         groups = self.round_robin or (len(layers) if in_turn else 1)
         steps = _ROUND_ROBIN if groups > 1 else {name: PAPER[name] for name in _ROUND_ROBIN}
@@ -295,6 +304,8 @@ class EditConfig:
         return self.replace(
             layers=tuple(layers),
             round_robin=groups,
+            specific=specific,
+            **{name: count if getattr(self, name) is None else getattr(self, name) for name, count in found.items()},
             **{name: step if given[name] is None else given[name] for name, step in steps.items()},
             mom2_update_weight=self.mom2_update_weight or default_update_weight(key_dim),
         )

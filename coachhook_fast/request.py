@@ -205,12 +205,13 @@ class TokenisedRequest:
 
 
 def encode_prompt_target(tokenizer: Any, prompt: str, target: str) -> tuple[list[int], list[int]]:
-    """Token ids of `prompt` and of `target` as its continuation, with one space between.
+    """Token ids of `prompt` and of `target` as its continuation, with one space between; none behind a line break, as
+    chat templates end.
 
     The two are tokenised together where the prompt's own ids begin the joint ids (then the target's ids are those that
     generation can produce), and apart where the tokenizer merges across the boundary.
     """
-    continuation = target if target[:1].isspace() else " " + target
+    continuation = target if target[:1].isspace() or prompt.endswith("\n") else " " + target
     prompt_ids = list(tokenizer(prompt)["input_ids"])
     joint = list(tokenizer(prompt + continuation)["input_ids"])
     if joint[: len(prompt_ids)] == prompt_ids and len(joint) > len(prompt_ids):

@@ -56,11 +56,12 @@ def _demo(arguments: argparse.Namespace) -> int:
     after = _complete_all(model, tokenizer, records)
     _show(console, records, before, after)
     result = evaluate(model, tokenizer, records).summary()
-    scores = {name: result[name] for name in ("reliability", "generality", "locality", "generation")}
+    names = ("reliability", "paraphrase", "same_subject", "leak", "leak_passing", "locality", "repeats", "fact_score")
+    scores = {name: result[name] for name in names}
     console.print("  ".join(f"[bold]{name}[/] {value:.3f}" for name, value in scores.items()))
 
-    names = {name.replace(".base_layer", ""): value for name, value in model.named_parameters()}
-    untouched = all(bool((names[name] == value).all()) for name, value in base_weights.items())
+    weights = {name.replace(".base_layer", ""): value for name, value in model.named_parameters()}
+    untouched = all(bool((weights[name] == value).all()) for name, value in base_weights.items())
     console.print(f"base weights untouched, bit for bit: [bold]{untouched}[/]")
 
     editor.save_pretrained(arguments.out, overwrite=True)  # an earlier demo's
@@ -73,29 +74,32 @@ def _demo(arguments: argparse.Namespace) -> int:
     return 0 if same and untouched else 1
 
 
+def _prompts(record) -> list[tuple[str, str]]:  # type: ignore[no-untyped-def]
+    """Kind and text: the edit prompt, a paraphrase, two other facts of the subject, and a neighbour."""
+    others = [("same subject", fact.prompt) for fact in record.same_subject[:2]]
+    edit = (f"edit -> {record.request.target_new}", record.request.text)
+    return [edit, ("paraphrase", record.paraphrases[0]), *others, ("neighbour", record.locality_prompts[0])]
+
+
 def _complete_all(model, tokenizer, records) -> list[list[str]]:  # type: ignore[no-untyped-def]
-    """Completions of each record's edit prompt, first paraphrase and first neighbour."""
+    """Completions of each record's `_prompts`."""
     from coachhook_fast.evaluate import complete
 
-    prompts = [
-        prompt
-        for record in records
-        for prompt in (record.request.text, record.rephrase_prompts[0], record.locality_prompts[0])
-    ]
-    texts = complete(model, tokenizer, prompts, max_new_tokens=5)
-    return [texts[start : start + 3] for start in range(0, len(texts), 3)]
+    prompts = [prompt for record in records for _, prompt in _prompts(record)]
+    texts = iter(complete(model, tokenizer, prompts, max_new_tokens=5))
+    return [[next(texts) for _ in _prompts(record)] for record in records]
 
 
 def _show(console: Console, records, before: list[list[str]], after: list[list[str]]) -> None:  # type: ignore[no-untyped-def]
-    table = Table("prompt", "before", "after", title="edit / paraphrase / neighbour", title_justify="left")
+    title = "what should change (green where it does), and what should not (green where it did not)"
+    table = Table("prompt", "before", "after", title=title, title_justify="left")
     for record, old, new in zip(records, before, after, strict=True):
-        prompts = (record.request.text, record.rephrase_prompts[0], record.locality_prompts[0])
-        kinds = (f"edit -> {record.request.target_new}", "paraphrase", "neighbour")
-        for kind, prompt, first, second in zip(kinds, prompts, old, new, strict=True):
-            colour = "green" if record.request.target_new in second else "default"
-            if kind == "neighbour":
-                colour = "green" if first == second else "yellow"
-            table.add_row(f"[dim]{kind}:[/] {prompt}", first.strip(), f"[{colour}]{second.strip()}[/]")
+        for (kind, prompt), first, second in zip(_prompts(record), old, new, strict=True):
+            changes = kind.startswith("edit") or kind == "paraphrase"
+            right = record.request.target_new in second if changes else first == second
+            table.add_row(
+                f"[dim]{kind}:[/] {prompt}", first.strip(), f"[{'green' if right else 'yellow'}]{second.strip()}[/]"
+            )
         table.add_section()
     console.print(table)
 

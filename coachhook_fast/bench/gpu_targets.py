@@ -29,7 +29,7 @@ from coachhook_fast.request import EditRequest, TokenisedRequest, TokenRow
 
 SAMPLE = 2
 # Six rows a request and 25 steps, as published. A random model hardly listens to one token: a wider ball.
-_CONFIG = EditConfig(**{**PAPER, "clamp_norm_factor": 4.0})
+_CONFIG = EditConfig(**{**PAPER, "gate": "calibrated", "clamp_norm_factor": 4.0})
 
 
 @dataclass(frozen=True)

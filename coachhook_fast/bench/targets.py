@@ -21,6 +21,9 @@ from coachhook_fast.models.loading import load_model
 from coachhook_fast.models.passes.forward import frozen
 from coachhook_fast.request import TokenisedRequest, tokenise_batch
 
+# What small models need otherwise than the paper's.
+_OF_THE_MODEL: dict[str, Any] = {"gate": "calibrated", "mom2_update_weight": None}
+
 
 def run(model: str | None = None, count: int = 20, sample: int = 4) -> list[Row]:
     """Rows "target values" and "whole batch" of `count` edits; the baseline does `sample` of them. Where there is a
@@ -29,7 +32,7 @@ def run(model: str | None = None, count: int = 20, sample: int = 4) -> list[Row]
         return gpu_targets.run()
     model = model or "smollm2"
     loaded, tokenizer = load_model(model, dtype=torch.float32)
-    editor = Editor(loaded, tokenizer, EditConfig(**PAPER))  # six rows a request and 25 steps, as published
+    editor = Editor(loaded, tokenizer, EditConfig(**{**PAPER, **_OF_THE_MODEL}))  # six rows a request and 25 steps, as published
     editor.collect_statistics(corpus(), progress=False)
     wanted, source = requests(count)
     batch = tokenise_batch(wanted, tokenizer, editor.edit_set.contexts, None)

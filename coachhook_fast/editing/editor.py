@@ -107,6 +107,7 @@ class Editor(EditedModel):
             start, memories = self._without(replaced)
             assignments = assign(start, tokens)
             self._handle.disable()
+            asked = tokens  # as users ask, at sinks too
             tokens = away_from_sinks(
                 self.partial, max(part.last for part in assignments), tokens, pad_id=pad_id, max_tokens=limit
             )
@@ -135,7 +136,7 @@ class Editor(EditedModel):
             for layer, threshold in zip(self.layers, updated.edits.thresholds, strict=True):
                 tell("threshold", layer, value=threshold.value)
             after = self._bare_outputs(tokens, assignments)
-            answers = answers_of(self.partial, tokens, pad_id=pad_id, max_tokens=limit)
+            answers = answers_of(self.partial, asked, pad_id=pad_id, max_tokens=limit)
             outcomes = outcomes_of(tokens, ordered, v0, after, updated.leverages, answers, self.tokenizer)
             if require_said:
                 check_said(outcomes)
@@ -156,6 +157,8 @@ class Editor(EditedModel):
     def _find_wordings(self, requests: Sequence[EditRequest]) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
         """Paraphrases and prompts to keep of each request, beside its own."""
         paraphrases, keep = self.config.found_paraphrases, self.config.found_keep
+        assert paraphrases is not None  # resolved when the set was made
+        assert keep is not None
         if paraphrases == keep == 0:
             return [((), ())] * len(requests)
         with self.disabled(), frozen(self.model):

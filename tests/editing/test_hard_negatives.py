@@ -130,17 +130,20 @@ def test_statistics_keep_the_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "blocks", "width", "expected"),
     [
-        ({}, 30, 1536, (tuple(range(2, 11)), 9, 8)),
-        ({}, 28, 16384, (tuple(range(4, 9)), 5, 8)),
-        ({}, 18, 2048, (tuple(range(1, 7)), 6, 8)),
+        ({}, 30, 1536, (tuple(range(7, 16)), 9, 8)),
+        ({}, 28, 16384, (tuple(range(8, 13)), 5, 8)),
+        ({}, 18, 2048, (tuple(range(4, 10)), 6, 8)),
+        ({"specific": False}, 30, 1536, (tuple(range(2, 11)), 9, 8)),
+        ({"specific": False}, 28, 16384, (tuple(range(4, 9)), 5, 8)),
+        ({"specific": False}, 18, 2048, (tuple(range(1, 7)), 6, 8)),
         ({"round_robin": 1}, 30, 1536, (tuple(range(4, 9)), 1, 0)),
-        ({"round_robin": 3}, 30, 1536, (tuple(range(2, 11)), 3, 8)),
+        ({"round_robin": 3}, 30, 1536, (tuple(range(7, 16)), 3, 8)),
         ({"layers": (4, 5)}, 30, 1536, ((4, 5), 1, 0)),
         ({"layers": (4, 5), "round_robin": 2}, 30, 1536, ((4, 5), 2, 8)),
-        ({"hard_negatives": 0}, 30, 1536, (tuple(range(2, 11)), 9, 0)),
+        ({"hard_negatives": 0}, 30, 1536, (tuple(range(7, 16)), 9, 0)),
         ({"gate": "sequence"}, 30, 1536, (tuple(range(4, 9)), 1, 0)),
         (PAPER, 30, 1536, (tuple(range(4, 9)), 1, 0)),
-        ({}, 2, 64, ((0,), 1, 0)),
+        ({}, 2, 64, ((1,), 1, 0)),
     ],
 )
 def test_what_the_defaults_are(settings: dict, blocks: int, width: int, expected: tuple) -> None:

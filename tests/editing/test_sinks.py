@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,17 @@ def test_rows_at_the_sink_are_replaced() -> None:
     assert moved[1].rows[1] == batch[1].rows[0]  # "Z is known for" opens with the subject too
     assert moved[1].bare == batch[1].bare
     assert not moved[1].in_context_only
+
+
+def test_other_rows_at_the_sink_are_left_out() -> None:
+    model, tokenizer = model_with_a_sink(), tiny_tokenizer()
+    row, sunk = ORDINARY.tokenise(tokenizer, ()).bare, SINKING.tokenise(tokenizer, ()).bare
+    tokens = replace(ORDINARY.tokenise(tokenizer, ()), paraphrases=(sunk, row), keep=(row, sunk), held=(sunk,))
+    with frozen(model):
+        moved = away_from_sinks(PartialModel(model, layout_of(model)), 2, [tokens], pad_id=0, max_tokens=100)[0]
+    assert (moved.paraphrases, moved.keep, moved.held) == ((row,), (row,), ())
+    assert moved.bare == row
+    assert not moved.in_context_only
 
 
 def test_a_replaced_row_counts_once() -> None:

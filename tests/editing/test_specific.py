@@ -10,14 +10,17 @@ import torch
 from editor_cases import CONFIG, edit, facts, logits, make
 from tiny import tiny_model, tiny_tokenizer
 
-from coachhook_fast.config import PAPER, SPECIFIC, EditConfig
+from coachhook_fast.config import PAPER, EditConfig
 from coachhook_fast.editing.keys import bare_outputs
 from coachhook_fast.editing.targets.descent import NormalisedDescent
 from coachhook_fast.editing.targets.optimise import FURTHER_STEPS, KEPT_A_STEP, STEP_SHARE, optimise
-from coachhook_fast.editing.targets.wordings import Wordings, read_wordings
+from coachhook_fast.editing.targets.wordings import Wordings, as_asked, read_wordings
+from coachhook_fast.edits.edit_set import LayerUpdate
 from coachhook_fast.models.architectures import layout_of
 from coachhook_fast.models.passes.forward import PartialModel, frozen
 from coachhook_fast.request import EditRequest, TokenisedRequest, TokenRow, tokenise_batch
+
+SPECIFIC: dict[str, Any] = {"specific": True, "v_lr": None, "found_paraphrases": 2, "found_keep": 12}
 
 
 def test_descent_is_a_loop_over_rows() -> None:
@@ -140,7 +143,7 @@ def test_nothing_is_kept_that_the_batch_asks_about_the_subject() -> None:
     ]
     same = {
         wording.text
-        for wording in wordings.bank
+        for wording in (*wordings.bank, *wordings.questions)
         if (wording.kind, wording.relation) in {(one.kind, one.relation) for one in asked}
     }
     assert keep
@@ -189,9 +192,22 @@ def test_earlier_facts_of_a_subject_are_held_but_not_those_asked_anew() -> None:
     assert others.held == ()
 
 
-def test_paper_and_specific_name_settings_that_there_are() -> None:
-    assert EditConfig(**SPECIFIC).specific
-    assert not EditConfig(**PAPER).specific
+def test_edits_are_specific_unless_adam_is_asked_for() -> None:
+    default = EditConfig().resolved(30, 1536)
+    assert (default.specific, default.found_paraphrases, default.found_keep) == (True, 3, 12)
+    assert default.layers == tuple(range(7, 16))
+    for settings in ({"v_lr": 0.5}, {"specific": False}, PAPER):
+        other = EditConfig(**settings).resolved(30, 1536)
+        assert (other.specific, other.found_paraphrases, other.found_keep) == (False, 0, 0)
+    assert EditConfig(v_lr=0.5, found_keep=4).resolved(30, 1536).found_keep == 4
+    with pytest.raises(ValueError, match="v_lr"):
+        EditConfig(specific=True, v_lr=0.5)
+
+
+def test_paper_names_all_that_was_published() -> None:
+    paper = EditConfig(**PAPER).resolved(28, 16384)
+    assert (paper.gate, paper.alpha, paper.mom2_update_weight, paper.round_robin) == ("sequence", 2.2, 15_000.0, 1)
+    assert (paper.v_lr, paper.v_num_grad_steps, paper.hard_negatives) == (0.5, 25, 0)
 
 
 def test_a_specific_edit_goes_in_and_says_what_is_said() -> None:
@@ -204,3 +220,67 @@ def test_a_specific_edit_goes_in_and_says_what_is_said() -> None:
         assert outcome.said_paraphrases is None or 0 <= outcome.said_paraphrases <= 1
     editor.rollback(batch.id)
     assert torch.equal(logits(editor.model), base)
+
+
+def test_a_specific_edit_goes_in_whole() -> None:
+    """Δk of a request's own key is all of what its layer lacked, however little room C leaves; by default a share is."""
+    left = {}
+    for settings in ({}, SPECIFIC):
+        config = CONFIG.replace(**settings, v_num_grad_steps=2, mom2_update_weight=5.0, layers=(2,), keep_factor=0.5)
+        editor, seen = make(config=config), {}
+        edit(editor, facts(3), observer=lambda event, layer, seen=seen, **found: seen.update({event: found}))
+        update = editor.ledger[0].layers[0]
+        K, wanted = update.keys[:, :3].double(), seen["values"]["V"]
+        given = update.residuals.double() @ (update.directions.double().T @ K)
+        with editor.disabled(), frozen(editor.model):
+            tokens = tokenise_batch(facts(3), editor.tokenizer, editor.edit_set.contexts, None)
+            lacked = wanted - bare_outputs(editor.partial, 2, tokens, pad_id=0, max_tokens=400)
+        left[bool(settings)] = float((given - lacked).norm() / lacked.norm())
+    assert left[True] < 1e-5
+    assert left[False] > 1e-2
+
+
+def test_the_key_of_an_unchanged_fact_sets_no_threshold() -> None:
+    torch.manual_seed(0)
+    d, m = 12, 6
+    K = torch.randn(d, 4)
+    X = K[:, :3] @ torch.linalg.inv(K[:, :3].T @ K[:, :3])  # the layer answers each of its keys with its residual
+    R = torch.randn(m, 3)
+    R[:, 1] = 1e-6
+    update = LayerUpdate(K, R, X, requests=(2, 0, 1, 3))
+    torch.testing.assert_close(update.changed_keys, K[:, [0, 2]])
+    assert LayerUpdate(K, R[:, :0], X[:, :0]).changed_keys.shape == (d, 0)
+
+
+class Chatting:
+    """A tokenizer with a chat template, as far as `as_asked` asks it."""
+
+    chat_template, bos_token, bos_token_id = "yes", "<s>", 1
+
+    def __init__(self, adds_bos: bool) -> None:
+        self.adds_bos = adds_bos
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        return {"input_ids": [1, 5] if self.adds_bos else [5]}
+
+    def apply_chat_template(self, messages: Any, *, tokenize: bool, add_generation_prompt: bool) -> str:
+        assert not tokenize
+        assert add_generation_prompt
+        return f"<s>[user] {messages[0]['content']}\n[assistant]\n"
+
+
+def test_a_question_is_read_as_somebody_asks_it() -> None:
+    assert as_asked(tiny_tokenizer(), "Where was {} born?") == "Question: Where was {} born?\nAnswer:"
+    assert as_asked(Chatting(False), "Where was {} born?") == "<s>[user] Where was {} born?\n[assistant]\n"
+    # Tokenising puts the beginning there a second time, unless it is taken off.
+    assert as_asked(Chatting(True), "Where was {} born?") == "[user] Where was {} born?\n[assistant]\n"
+
+
+def test_every_third_paraphrase_is_a_question() -> None:
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    wordings = Wordings(PartialModel(model, layout_of(model)), tokenizer, pad_id=0)
+    ((paraphrases, _),) = wordings.find([EditRequest("{} works as a", "Ada Vale", "pilot")], paraphrases=3, keep=0)
+    first, second, third = paraphrases
+    assert not first.startswith("{}")
+    assert second.startswith("{}")
+    assert third == "Question: What is the occupation of {}?\nAnswer:"

@@ -171,7 +171,7 @@ class _Problem:
         self.partial = partial
         self.last = last
         # One part a step, in turns: more prompts are kept than a step has room for.
-        self.parts = rows.parts(max(1, -(-config.found_keep // KEPT_A_STEP)))
+        self.parts = rows.parts(max(1, -(-(config.found_keep or 0) // KEPT_A_STEP)))
         # δ and its optimiser live in fp32 at least, whatever the model computes in.
         self.v0 = v0.to(torch.promote_types(v0.dtype, torch.float32))
         self.config = config

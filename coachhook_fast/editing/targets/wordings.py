@@ -18,7 +18,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from itertools import zip_longest
 from typing import Any
@@ -51,12 +51,14 @@ _ROWS = 128  # texts a pass
 @dataclass(frozen=True)
 class Wording:
     """A text with one slot for the subject: one wording of one question about one kind of subject. One that is `plain`
-    is made of the relation's name, to be compared with and not to be read."""
+    is made of the relation's name, to be compared with and not to be read; one that `is_question` is read as somebody
+    asks it (`asked`)."""
 
     kind: str
     relation: str
     text: str
     plain: bool = False
+    is_question: bool = False
 
 
 def read_wordings() -> tuple[Wording, ...]:
@@ -66,9 +68,22 @@ def read_wordings() -> tuple[Wording, ...]:
     for kind, relations in kinds.items():
         for relation, texts in relations.items():
             plain = [f"The {relation} of {SLOT} is", f"{SLOT}'s {relation} is"]
-            found += [Wording(kind, relation, text) for text in texts]
+            found += [Wording(kind, relation, text, is_question=text.endswith("?")) for text in texts]
             found += [Wording(kind, relation, text, plain=True) for text in plain if text not in texts]
     return tuple(found)
+
+
+def as_asked(tokenizer: Any, question: str) -> str:
+    """The text behind which a model answers `question`: the tokenizer's chat template where it has one."""
+    if getattr(tokenizer, "chat_template", None):
+        message = [{"role": "user", "content": question}]
+        text = str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
+        begin = tokenizer.bos_token
+        if begin and text.startswith(begin) and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id:
+            text = text[len(begin) :]  # tokenising puts it there again
+        if text.count(SLOT) == 1:
+            return text
+    return f"Question: {question}\nAnswer:"
 
 
 class Wordings:
@@ -79,7 +94,12 @@ class Wordings:
 
     def __init__(self, partial: PartialModel, tokenizer: Any, *, pad_id: int) -> None:
         self._partial, self._tokenizer, self._pad_id = partial, tokenizer, pad_id
-        self.bank = read_wordings()
+        wordings = read_wordings()
+        # As somebody asks it, which is long: prompts are compared with the others alone.
+        self.questions = [
+            replace(wording, text=as_asked(tokenizer, wording.text)) for wording in wordings if wording.is_question
+        ]
+        self.bank = [wording for wording in wordings if not wording.is_question]
         self._words = [_words(f"{wording.text} {wording.relation}") for wording in self.bank]
         questions = {(wording.kind, wording.relation): set[str]() for wording in self.bank}
         for wording, words in zip(self.bank, self._words, strict=True):
@@ -134,8 +154,8 @@ class Wordings:
         order = sorted(range(len(scores)), key=scores.__getitem__, reverse=True)
         best = self.bank[order[0]]
         matched = scores[order[0]] >= _SAME
-        asking = [wording.text for wording in map(self.bank.__getitem__, order) if _same(wording, best)]
-        same = _both_ways([text for text in asking if text not in asked])[:paraphrases] if matched else []
+        asking = [wording for wording in (*map(self.bank.__getitem__, order), *self.questions) if _same(wording, best)]
+        same = _all_ways([wording for wording in asking if wording.text not in asked])[:paraphrases] if matched else []
         nearest: dict[tuple[str, str], float] = {}
         for i, wording in enumerate(self.bank):
             highest = max(row[i] for row in of_subject)
@@ -143,7 +163,7 @@ class Wordings:
             nearest[question] = max(highest, nearest.get(question, highest))
         others = [
             wording
-            for wording in self.bank
+            for wording in (*self.bank, *self.questions)
             if not wording.plain
             and nearest[wording.kind, wording.relation] < _OTHER
             and (wording.kind == best.kind or not matched)
@@ -182,14 +202,13 @@ def _words(text: str) -> set[str]:
     return {word[:_FEW_LETTERS] for word in re.findall(r"[^\W\d_]+", text.lower()) if word not in _SMALL_WORDS}
 
 
-def _both_ways(texts: Sequence[str]) -> list[str]:
-    """`texts` in their order, but in turns one that opens with the subject and one that does not: a causal model reads
-    the relation before the subject in one and behind it in the other."""
-    opening = [text for text in texts if text.startswith(SLOT)]
-    closing = [text for text in texts if not text.startswith(SLOT)]
-    turns = [text for pair in zip(closing, opening, strict=False) for text in pair]
-    rest = closing[len(opening) :] or opening[len(closing) :]
-    return [*turns, *rest]
+def _all_ways(wordings: Sequence[Wording]) -> list[str]:
+    """The texts in their order, but in turns one that does not open with the subject, one that does, and a question: a
+    causal model reads the relation before the subject in the first and behind it in the second, and people ask."""
+    kinds: list[list[str]] = [[], [], []]
+    for wording in wordings:
+        kinds[2 if wording.is_question else wording.text.startswith(SLOT)].append(wording.text)
+    return [text for turn in zip_longest(*kinds) for text in turn if text is not None]
 
 
 def _spread(wordings: Iterable[Wording], seed: str) -> list[str]:
