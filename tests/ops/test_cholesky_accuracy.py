@@ -1,4 +1,4 @@
-"""How well the factor holds over many batches and on hard matrices: the targets of docs/notes/solver.md."""
+"""How well the factor holds over many batches and on hard matrices: the targets of docs/solver.md."""
 
 from __future__ import annotations
 
