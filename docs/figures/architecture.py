@@ -1,4 +1,4 @@
-"""Writes architecture.svg beside this file: the way of an edit, and of a token. `python docs/figures/architecture.py`."""
+"""Writes architecture.svg beside this file, the way of an edit and of a token (python docs/figures/architecture.py)."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ STYLE = """
   .room { font-size: 11px; fill: #6b7280; } .text { font-size: 12px; }
   rect { fill: #f3f4f6; stroke: #9ca3af; } .fixed { fill: #e0f2fe; } .edited { fill: #fef3c7; }
   path { stroke: #6b7280; fill: none; stroke-width: 1.5; marker-end: url(#arrow); } .dashed { stroke-dasharray: 5 4; }
+  .tip { fill: #6b7280; stroke: none; marker-end: none; }
 """
 
 
@@ -62,14 +63,14 @@ def picture() -> str:
         'aria-label="The way of an edit, from a request to an edit set, and of a token through a hook layer">',
         f"<style>{STYLE}</style>",
         '<defs><marker id="arrow" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" '
-        'orient="auto"><path d="M 0 0 L 8 4 L 0 8 z" style="fill:#6b7280;stroke:none;marker-end:none"/></marker></defs>',
+        'orient="auto"><path class="tip" d="M 0 0 L 8 4 L 0 8 z"/></marker></defs>',
         f'<rect x="0" y="0" width="{WIDTH}" height="{second + HIGH + 42}" style="fill:#ffffff;stroke:none"/>',
         f'<text class="head" x="{LEFT}" y="28">An edit: batch by batch, all or nothing</text>',
         *row(TOP, EDIT, {"edit set": "edited", "append": "edited"}),
         f'<text class="head" x="{LEFT}" y="{second - 18}">A token: the base weight is never written</text>',
         *row(second, TOKEN, {"HookLinear": "edited", "gated_linear": "fixed"}, wide),
         f'<path class="dashed" d="M {saved} {TOP + HIGH + 2} V {second - 50} H {hook} V {second - 4}"/>',
-        f'<text class="room" x="{saved - 8}" y="{second - 56}" text-anchor="end">publish: the next pass serves it</text>',
+        f'<text class="room" x="{saved - 8}" y="{second - 56}" text-anchor="end">publish: the next pass has it</text>',
         f'<text class="room" x="{LEFT}" y="{second + HIGH + 26}">C remembers the keys of ordinary text and of all '
         "earlier edits, as a Cholesky factor that is updated and never recomputed.</text>",
         "</svg>\n",
