@@ -146,7 +146,8 @@ class EditConfig:
             the paper's way (docs/experiments/generality.md).
         max_batch_tokens: most tokens in one pass of the editor; bounds its memory. None: 8 192; for target values on a
             GPU, as many as its free memory is seen to hold.
-        layer_module_tmp, rewrite_module_tmp: module templates for architectures this package does not know.
+        layer_module_tmp: template of a block's name, for architectures this package does not know.
+        rewrite_module_tmp: template of its down-projection's name.
 
     Raises:
         ValueError, TypeError: a value is out of its range or of the wrong type; the message names field and value.

@@ -8,4 +8,4 @@ $(DOCS)/.ready: requirements-docs.txt
 	touch $@
 
 docs: $(DOCS)/.ready  ## The documentation as a site, links checked, in build/site
-	$(DOCS)/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet
