@@ -11,7 +11,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coachhook_fast import __version__
 from coachhook_fast.cli.common import Report
 
 if TYPE_CHECKING:
@@ -26,7 +25,7 @@ EXAMPLES = """examples:
 Loads no model and changes nothing. A bug report is the better for its output.
 """
 
-_PACKAGES = ("torch", "transformers", "triton", "vllm", "numpy", "safetensors", "accelerate", "gguf")
+_PACKAGES = ("coachhook-fast", "torch", "transformers", "triton", "vllm", "numpy", "safetensors", "accelerate", "gguf")
 _BUILD = "install GCC >= 12 or clang, and CMake >= 3.19, then `pip install --no-build-isolation` anew"
 
 
@@ -54,7 +53,7 @@ def run(arguments: argparse.Namespace) -> Report:
 
 def _versions() -> dict[str, str | None]:
     """By package name; None where it is not installed."""
-    found: dict[str, str | None] = {"coachhook-fast": __version__, "Python": platform.python_version()}
+    found: dict[str, str | None] = {"Python": platform.python_version()}
     for name in _PACKAGES:
         try:
             found[name] = metadata.version(name)
