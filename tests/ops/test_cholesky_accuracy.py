@@ -53,6 +53,7 @@ def test_a_thousand_batches(path: str) -> None:
     assert error(memory.matrix(), C) < 1e-12
 
 
+@pytest.mark.slow
 def test_a_thousand_batches_there_and_back(path: str) -> None:
     d, n, batches = 256, 10, 500
     generator = torch.Generator().manual_seed(0)
