@@ -1,7 +1,7 @@
-# The quick tier: what is not marked `slow` (pyproject.toml), under two minutes on two idle cores.
+# The quick tier: what is not marked `slow` (pyproject.toml). The aim is two minutes on two idle cores.
 .PHONY: test-quick test-quick-oldest
 
-test-quick: $(VENV)/.ready  ## Quick tests, under two minutes on two cores
+test-quick: $(VENV)/.ready  ## Quick tests: those that are not marked slow
 	$(PYTEST) -n 2 --dist worksteal -q -m "not slow" tests --ignore=tests/vllm --durations=10
 
 test-quick-oldest:  ## Quick tests with the oldest versions, in this checkout (for CI; make test-oldest runs all in a clone)
