@@ -87,7 +87,8 @@ ROUND_ROBIN_SETTINGS = ("round_robin", *_ROUND_ROBIN)
 class EditConfig:
     """Settings of an editing run; every value is checked when the object is made.
 
-    The defaults are what docs/experiments/ found best; `EditConfig(**PAPER)` edits as published. Where `layers` are named, or the gate is `sequence`, the steps of a batch are the paper's unless
+    The defaults are what docs/experiments found best; `EditConfig(**PAPER)` edits as published. Where `layers` are
+    named, or the gate is `sequence`, the batch's steps are the paper's unless
     `round_robin` and `hard_negatives` say otherwise.
 
     Args:
@@ -95,16 +96,17 @@ class EditConfig:
             `default_layers`.
         round_robin: each batch edits every `round_robin`-th of `layers`, those with the fewest edits, and the others
             only learn something of its keys. 1, as in the paper, edits all; len(layers) one at a time.
-            `calibrated` only (docs/notes/turns.md). None: one at a time where `layers` is None and the gate is
-            `calibrated`, else 1.
+            `calibrated` only (docs/experiments/round-robin.md). None: one at a time where `layers` is None and the gate
+            is `calibrated`, else 1.
         other_layers_weight: how much of K Kᵀ a layer learns of the requests that others edit. In full, a thousand keys
             leave a new one no room in 1 536 dimensions; without, later updates change what the layer answers to them
-            (docs/notes/relative.md). None: .03 where `round_robin` is above 1.
+            (docs/experiments/interfering-keys.md). None: .03 where `round_robin` is above 1.
         hard_negatives: most texts of the corpus a request in which another subject ends in the same token: their keys
-            enter the batch's solve without a residual, so that the edit passes them by (docs/notes/namesakes.md). None:
-            8 where `round_robin` is above 1, else 0, as in the paper.
+            enter the batch's solve without a residual, so that the edit passes them by
+            (docs/experiments/hard-negatives.md). None: 8 where `round_robin` is above 1, else 0, as in the paper.
         short_prefixes: share of the key statistics' tokens that are beginnings of texts, cut out of the corpus; they
-            come on top of the token budget (docs/notes/relative.md). None: .2 where `round_robin` is above 1, else 0.
+            come on top of the token budget (docs/experiments/interfering-keys.md). None: .2 where `round_robin` is
+            above 1, else 0.
         hard_negative_tokens: tokens of the corpus kept to find them in.
         specific: target values by normalised descent instead of Adam, with further steps for targets that are not said,
             in later blocks (`later_layers`), inserted whole: edits change one fact and leave the rest of their subject
@@ -123,21 +125,21 @@ class EditConfig:
             3 and 12 where edits are `specific`, else none.
         continuation_factor: weight of KL(p0 || pδ) at the target's last token after the bare prompt: the text goes on
             as it would have instead of repeating the target. It costs reliability where targets are long
-            (docs/notes/drift.md), so it is off, as in the paper.
-        mom2_update_weight: λ of C = λ E[kkᵀ] + Σ KKᵀ; None takes `default_update_weight` (docs/notes/lambda.md).
+            (docs/experiments/drift.md), so it is off, as in the paper.
+        mom2_update_weight: λ of C = λ E[kkᵀ] + Σ KKᵀ; None takes `default_update_weight` (docs/experiments/lambda.md).
         mom2_n_tokens: token budget of the key statistics; None takes 20 d, or 10 d of the model's own text.
         mom2_tolerance: stop the statistics before the budget, once the estimated relative error of C⁻¹k is below it.
         stats_sequence_length: tokens a packed row of the statistics pass, capped by the model's context.
         gate: "calibrated" or "sequence".
         alpha: the `sequence` gate's first threshold α; it never rises.
         threshold_rule: "edit_keys", "zscore" or "fpr", how `calibrated` finds τ (see editing/calibration.py and
-            docs/notes/gates.md).
+            docs/experiments/gates.md).
         threshold_relative: τ is compared with ||Δk|| / ||k|| and not with ||Δk||: tokens that an earlier layer has
-            edited have long keys and would answer to later layers too (docs/notes/relative.md).
+            edited have long keys and would answer to later layers too (docs/experiments/relative-threshold.md).
             `calibrated` only. None: where `round_robin` is above 1; the paper's is False.
         threshold_whitened: ||Δk|| is measured against how ordinary text spreads along each of Δ's directions
-            (edits/whitening.py, docs/notes/whitening.md). `calibrated` only. None: where `round_robin` is above 1; the
-            paper's is False.
+            (edits/whitening.py, docs/experiments/whitening.md). `calibrated` only. None: where `round_robin` is above
+            1; the paper's is False.
         threshold_edit_share: for "edit_keys", where τ lies between ordinary text (0) and the edit keys (1).
         threshold_z: standard deviations above the mean for "zscore"; "edit_keys" takes at least as many, as far as that
             is not over .85 of the way, and at most three times as many.
@@ -146,10 +148,11 @@ class EditConfig:
         context_seeds: beginnings from which the model writes the context texts.
         context_tokens: tokens generated after each beginning.
         subject_templates: further contexts, texts with one slot `{}` for the subject in the place of the prompt; () is
-            the paper's way (docs/notes/generality.md).
+            the paper's way (docs/experiments/generality.md).
         max_batch_tokens: most tokens in one pass of the editor; bounds its memory. None: 8 192; for target values on a
             GPU, as many as its free memory is seen to hold.
-        layer_module_tmp, rewrite_module_tmp: module templates for architectures this package does not know.
+        layer_module_tmp: template of a block's name, for architectures this package does not know.
+        rewrite_module_tmp: template of its down-projection's name.
 
     Raises:
         ValueError, TypeError: a value is out of its range or of the wrong type; the message names field and value.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-# Width of keys, summed over round-robin layers: nine layers of SmolLM2 (docs/notes/turns.md, relative.md).
+# Width of keys, summed over round-robin layers: nine layers of SmolLM2 (docs/experiments/round-robin.md).
 _SUMMED_WIDTH = 13_824
 
 
@@ -11,8 +11,8 @@ def round_robin_layers(num_layers: int, key_dim: int) -> tuple[int, ...]:
 
     The fewer edits a layer holds, and the wider its keys, the further they stand from ordinary text: blocks are added
     until their widths add up to `_SUMMED_WIDTH`, from block 1 to the end of the first third of the model, behind which
-    edits were seen to answer for other subjects (docs/notes/turns.md). Gives 2-10 of 30 (SmolLM2, d 1 536), and the
-    five of `default_layers` from d 3 072 on.
+    edits were seen to answer for other subjects (docs/experiments/round-robin.md). Gives 2-10 of 30 (SmolLM2, d 1 536),
+    and the five of `default_layers` from d 3 072 on.
     """
     own = default_layers(num_layers)
     more = max(0, -(-_SUMMED_WIDTH // key_dim) - len(own))
@@ -38,7 +38,7 @@ def default_layers(num_layers: int) -> tuple[int, ...]:
     """Edited blocks where none are named and every batch edits all: five from about an eighth of the depth on.
 
     Gives 4-8 of 30 (SmolLM2) and 4-8 of 32 (Llama-2, as EasyEdit), close to the paper's 3-8 of 28 (GPT-J).
-    See docs/notes/layers.md.
+    See docs/experiments/layers.md.
     """
     first = max(0, round(num_layers * 0.13))
     last = min(first + 4, max(num_layers - 2, 0))
@@ -46,7 +46,7 @@ def default_layers(num_layers: int) -> tuple[int, ...]:
 
 
 def default_update_weight(key_dim: int) -> float:
-    """λ for keys of width d: d / 4, at most the paper's 15 000 (METHOD section 6, docs/notes/lambda.md).
+    """λ for keys of width d: d / 4, at most the paper's 15 000 (METHOD section 6, docs/experiments/lambda.md).
 
     The leverage s = kᵀ(λE)⁻¹k of an ordinary key averages d / λ, so this keeps it near 4 at every width.
     """

@@ -113,7 +113,7 @@ def unchanged(out: Tensor, plain: Tensor) -> bool:
 
 
 def floor_cost(m: int, d: int, delta: LowRankDelta, share: float) -> float:
-    """Multiply-adds (and bytes) over the plain projection's; docs/notes/gated-linear.md."""
+    """Multiply-adds (and bytes) over the plain projection's; docs/gated-linear.md."""
     rows = delta.B.shape[0]
     sketch = sketch_rows(rows)
     measured = sketch + UNDECIDED[sketch] * rows if sketch else rows

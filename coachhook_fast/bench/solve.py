@@ -2,7 +2,7 @@
 
 Every row: X is compared with the baseline's and the factor with C + K Kᵀ before anything is timed. The floor is the
 larger of the flops 2 d² n (solve) + 4 d² n (update) at this machine's measured dgemm rate, and the bytes of the factor
-read twice and written once at its measured memory rate (docs/notes/solver.md).
+read twice and written once at its measured memory rate (docs/solver.md).
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from typing import NoReturn
 from coachhook_fast.cli import (
     bench,
     check,
+    doctor,
     edit,
     evaluate,
     generate,
@@ -32,7 +33,7 @@ from coachhook_fast.cli import (
 from coachhook_fast.cli.common import console
 from coachhook_fast.printable import one_line
 
-VERBS = (stats, edit, evaluate, check, generate, inspect, log, rollback, bench, verify_edits, verify_vllm)
+VERBS = (stats, edit, evaluate, check, generate, inspect, log, rollback, bench, verify_edits, verify_vllm, doctor)
 
 _DESCRIPTION = "Edit facts in a language model, in consecutive batches, without touching a base weight."
 _EXAMPLES = """examples:

@@ -20,11 +20,11 @@ _ROUNDING_UNITS = 64
 _LARGEST_MARGIN = 0.02
 
 # Few edits stand so far out that a share of the way would shut out other wordings: "edit_keys" stops at so many
-# threshold_z (docs/notes/gates.md).
+# threshold_z (docs/experiments/gates.md).
 _MOST_Z = 3.0
 
 # The more edits a layer holds, the nearer their keys are to ordinary text: where threshold_edit_share would leave τ
-# under threshold_z standard deviations, it goes up to this share of the way (docs/notes/whitening.md).
+# under threshold_z standard deviations, it goes up to this share of the way (docs/experiments/whitening.md).
 _CROWDED_SHARE = 0.85
 
 # The edits that "edit_keys" lets go: a few stand at keys that ordinary text shares.

@@ -198,7 +198,7 @@ class EditedModel:
         Raises:
             ValueError: the editor was unloaded.
 
-        Example:
+        Examples:
             >>> [fact.request.text for fact in editor.check() if not fact.said]
             ['The capital of Peru is']
         """
@@ -233,7 +233,7 @@ class EditedModel:
             ValueError: no such batch, or no such fact in it any more; an earlier version made the batch and did not
                 note enough; or the key memory cannot give up its keys. Nothing is changed then.
 
-        Example:
+        Examples:
             >>> editor.remove("1f0c2ab3d4e5", 2).request.target_new
             'Rome'
         """
@@ -248,7 +248,7 @@ class EditedModel:
         Raises:
             ValueError: an edit set of another model or with other settings; nothing is changed then.
 
-        Example:
+        Examples:
             >>> before = editor.edit_set
             >>> editor.edit(requests)
             >>> editor.restore(before)

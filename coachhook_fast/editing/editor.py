@@ -77,7 +77,7 @@ class Editor(EditedModel):
                 was unloaded.
             NotSaidError: with `require_said`, naming what is not said.
 
-        Example:
+        Examples:
             >>> batch = editor.edit([EditRequest("The {} is located in the city of", "Eiffel Tower", "Rome")])
             >>> batch.outcomes[0].said
             True

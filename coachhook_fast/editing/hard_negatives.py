@@ -8,7 +8,7 @@ ordinary text as a whole. So the solve is shown such keys N out of the corpus, w
     X = (C + KKᵀ + NNᵀ)⁻¹ K
 
 and X turns to what the subject has and its hard negatives lack. They are not remembered: C ← C + KKᵀ as in the paper,
-so that a later edit about one of them finds room (docs/notes/namesakes.md).
+so that a later edit about one of them finds room (docs/experiments/hard-negatives.md).
 """
 
 from __future__ import annotations

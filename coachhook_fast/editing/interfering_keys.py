@@ -2,7 +2,7 @@
 
 A layer learns those keys with a small weight (`EditConfig.other_layers_weight`), so that many leave room for new ones.
 The few that a new edit would answer to all the same are shown to the solve in full, as hard negatives are, and like
-them not remembered (docs/notes/relative.md).
+them not remembered (docs/experiments/interfering-keys.md).
 """
 
 from __future__ import annotations

@@ -89,7 +89,7 @@ def warn_of_weak(outcomes: Sequence[EditOutcome], config: EditConfig) -> None:
             warnings.warn(
                 f"edit {outcome.request.text!r} -> {outcome.request.target_new!r} holds only where text precedes the "
                 f"subject: {outcome.request.subject!r} ends at the model's attention sink in the bare prompt, where "
-                "all subjects look alike (docs/notes/sinks.md); begin prompts with other text or a BOS token",
+                "all subjects look alike (docs/experiments/sinks.md); begin prompts with other text or a BOS token",
                 EditWarning,
                 stacklevel=3,
             )

@@ -1,5 +1,5 @@
 """Round-robin over the layers: which of them the requests of a batch edit (`EditConfig.round_robin`,
-docs/notes/turns.md)."""
+docs/experiments/round-robin.md)."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ A model without a beginning-of-text token parks its attention on the first token
 several times longer than elsewhere and says next to nothing of the token, and the keys of all first tokens are nearly
 one (cosine .94 to .999 in SmolLM2's layers 4 to 8). An edit at that key would change the beginning of every text, and
 the mean of it and of ordinary keys is a key that no text has. So a row whose subject ends there is replaced by another
-row of its request: the edit holds wherever something precedes the subject (docs/notes/sinks.md).
+row of its request: the edit holds wherever something precedes the subject (docs/experiments/sinks.md).
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ def without_requests(edit_set: EditSet, removed: Mapping[str, Collection[int]], 
         ValueError: no such batch or place, no place at all, or a batch of an earlier version, which did not note which
             of its requests edit which layer.
 
-    Example:
+    Examples:
         >>> fewer = without_requests(edit_set, {"1f0c2ab3d4e5": [2]}, calibrate)
     """
     edit_set.check_updates()

@@ -6,7 +6,7 @@ little, while along others hardly any does. The L2 norm lets the first drown the
     ||W B k||,   W = diag(λ_i / mean(λ) + 1)^-1/2 Vᵀ,   V diag(λ) Vᵀ = B E[k kᵀ] Bᵀ,
 
 the Mahalanobis norm of Δk over ordinary text, shrunk half-way to the plain one. W is a change of coordinates,
-Δ = (U W⁻¹) (W B), so serving costs what it costs without. Measured in docs/notes/whitening.md.
+Δ = (U W⁻¹) (W B), so serving costs what it costs without. Measured in docs/experiments/whitening.md.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from coachhook_fast.edits.delta import LowRankDelta
 
-# In units of the mean of λ; three tenths to one are as good (docs/notes/whitening.md).
+# In units of the mean of λ; three tenths to one are as good (docs/experiments/whitening.md).
 _RIDGE = 1.0
 
 

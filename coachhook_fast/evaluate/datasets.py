@@ -67,8 +67,8 @@ def read_records(
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is no JSON, empty or of no known format; a record lacks a field or, with
-        `skipped` None, is no valid edit; `kinds` says nothing of a record. The message names the file, the
-        record's index and the field.
+            `skipped` None, is no valid edit; `kinds` says nothing of a record. The message names the file, the
+            record's index and the field.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit}")

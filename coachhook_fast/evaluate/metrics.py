@@ -77,7 +77,7 @@ def evaluate(
 
     Raises:
         ValueError: records is empty, a metric is unknown, `passing` is not in 1..20, or `base` belongs to another
-        model or other records.
+            model or other records.
     """
     if not records:
         raise ValueError("records is empty: there is nothing to evaluate")

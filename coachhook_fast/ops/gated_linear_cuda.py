@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 GateOutput = tuple[Tensor, Tensor, Tensor]
 
 # Up to so many tokens, and up to this rank, Triton does all in one launch (where csrc/cuda has not taken the call
-# already); beyond, cuBLAS does the base, and the delta's kernels correct it. Measured: docs/notes/gated-linear.md.
+# already); beyond, cuBLAS does the base, and the delta's kernels correct it. Measured:
+# docs/experiments/gated-linear-gpu-choices.md.
 DECODE_TOKENS = 32
 DECODE_RANK = 256
 # In one launch, B is read as soon as one token is undecided: with 10 % undecided, likelier than not above this.

@@ -1,7 +1,7 @@
 """The base projection, overlapped with the delta's kernels: on a stream of its own, where that pays.
 
 Neither needs the other before the correction: of few tokens the delta's launches vanish behind the base, of very many
-its product runs on what the last tiles of the base leave idle. Figures: docs/notes/gated-linear.md.
+its product runs on what the last tiles of the base leave idle. Figures: docs/experiments/gated-linear-gpu-choices.md.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 The tiles of a large base rarely fill their last round: of 132 multiprocessors a few have nothing to do for as long as
 a tile takes, and the product of up to 128 rows is so little work that it fits there. Only in a CUDA graph, where the
 host's time does not count, only on compute capability 9.0, and only where it was measured to pay:
-docs/notes/gated-linear.md.
+docs/gated-linear.md.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 // One small dense kernel, C = A B, C += A B or C -= A B, for blocks that live in the first two caches. MKL's
-// dgemm reaches 2 to 4 GB/s on the tall, skinny products of cholesky.cpp (measured, docs/notes/solver.md);
-// this one streams at the memory's own rate.
+// dgemm reaches 2 to 4 GB/s on the tall, skinny products of cholesky.cpp (measured,
+// docs/experiments/solver-choices.md); this one streams at the memory's own rate.
 #pragma once
 
 #include <cstdint>

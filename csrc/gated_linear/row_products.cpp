@@ -65,7 +65,7 @@ COACHHOOK_CLONES void dot_row(const uint16_t* row, bool is_bf16, const float* x,
 }
 
 // x matrixᵀ. at::mm gives fp32 to MKL, which on other makers' processors stays with AVX2, at half of oneDNN's
-// rate (docs/notes/gated-linear.md). The operator is torch's own, called by name: no header declares it.
+// rate (docs/experiments/onednn.md). The operator is torch's own, called by name: no header declares it.
 at::Tensor product(const at::Tensor& x, const at::Tensor& matrix) {
   static const auto linear = c10::Dispatcher::singleton().findSchema({"mkldnn::_linear_pointwise", ""});
   const bool dense = matrix.is_contiguous() || matrix.t().is_contiguous();  // else oneDNN is very slow

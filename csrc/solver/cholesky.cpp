@@ -14,7 +14,7 @@
 namespace coachhook {
 namespace {
 
-// Above this n / d, refactorising is cheaper than rotating. Measured, docs/notes/solver.md.
+// Above this n / d, refactorising is cheaper than rotating. Measured, docs/experiments/solver-choices.md.
 constexpr double kRefactorRatio = 0.8;
 
 InterruptCheck interrupt_check = nullptr;

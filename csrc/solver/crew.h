@@ -1,8 +1,8 @@
 // Threads that help one leader through many short steps. An OpenMP region for every panel would wait, at each
 // of its ends, for every thread to be scheduled: on a busy machine that made two threads several times slower
-// than one (docs/notes/solver.md). Here there is one region a sweep; the leader (the calling thread) goes
-// through the panels and shares out tasks, the others take what they get to, and a thread that is not running
-// delays nobody.
+// than one (docs/experiments/solver-choices.md). Here there is one region a sweep; the leader (the calling
+// thread) goes through the panels and shares out tasks, the others take what they get to, and a thread that
+// is not running delays nobody.
 #pragma once
 
 #include <ATen/Parallel.h>

@@ -9,7 +9,7 @@
 // alpha = 1 / (tau - 1) and beta = -tau alpha w, the mixed form again; tau = 2 / (1 + |w|^2) in both.
 // A column waits for the last one's keys, so for one key the same is k <- gamma k - delta a, one product from
 // key to key: gamma = 1 - beta w, delta = (1 + alpha) w. For several keys that is no shorter, and removing
-// them loses digits where a' itself is not used (docs/notes/solver.md).
+// them loses digits where a' itself is not used (docs/experiments/solver-choices.md).
 #pragma once
 
 #include <cstdint>
@@ -20,7 +20,7 @@
 namespace coachhook {
 
 // As many keys as stay in registers beside two squares of a factor; at 4 the recurrence is well ahead of the
-// blocks (docs/notes/solver.md).
+// blocks (docs/experiments/solver-choices.md).
 constexpr int64_t kNarrowKeys = 4;
 
 // One panel's columns.

@@ -43,6 +43,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs, "rates", lambda dtype: (1e6, 1e6))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [10, 100, "full"])
 def test_cases_are_answered_right(rank: int | str) -> None:
     cases = list(gated_linear_gpu.cases("gpt-j", 12 if rank == 10 else rank, (1, 8, 600), BF16, "cpu", count=2))

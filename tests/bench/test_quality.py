@@ -89,6 +89,7 @@ class _Killed(BaseException):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("title", [title for title in METHODS if title != "coachhook-fast/none"])
 def test_an_interrupted_run_ends_with_the_same_rows(
     home: Path, tmp_path: Path, title: str, monkeypatch: pytest.MonkeyPatch
@@ -113,6 +114,7 @@ def test_an_interrupted_run_ends_with_the_same_rows(
     assert [row | UNTIMED for row in resumed] == [comparable(row) for row in whole]
 
 
+@pytest.mark.slow
 def test_the_ungated_row_shares_the_gated_runs_edits(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -122,6 +124,7 @@ def test_the_ungated_row_shares_the_gated_runs_edits(
     assert [row["layers"] for row in free] == [row["layers"] for row in gated]
 
 
+@pytest.mark.slow
 def test_another_text_measures_perplexity_alone_again(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -143,6 +146,7 @@ def test_another_text_measures_perplexity_alone_again(
     assert [row["perplexity_ratio"] for row in after] == [pytest.approx(row["perplexity_ratio"]) for row in fresh]
 
 
+@pytest.mark.slow
 def test_a_stored_row_without_a_metric_is_evaluated_again(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -191,6 +195,7 @@ def test_paraphrases_that_are_given_are_not_scored(home: Path) -> None:
     assert records.facts_key([told]) != records.facts_key([fact])
 
 
+@pytest.mark.slow
 def test_the_command_writes_every_form(home: Path, tmp_path: Path) -> None:
     settings = [f"{name}={json.dumps(value)}" for name, value in CONFIG.to_dict().items() if value is not None]
     quality.main(
@@ -225,6 +230,7 @@ def test_the_command_writes_every_form(home: Path, tmp_path: Path) -> None:
     assert (tmp_path / "table.md").read_text().count("\n") == 4
 
 
+@pytest.mark.slow
 def test_rows_say_how_far_edits_stand_from_ordinary_text(home: Path, tmp_path: Path) -> None:
     rows = rows_of(METHODS["coachhook-fast/calibrated"], plan(home, tmp_path))
     for layer in (layer for row in rows for layer in row["layers"]):

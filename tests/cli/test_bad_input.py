@@ -213,6 +213,7 @@ def test_what_is_too_large_or_no_file_is_not_read(
     assert f"{tmp_path / 'fifo'} is a FIFO" in fails(capsys, *arguments, str(tmp_path / "fifo"))
 
 
+@pytest.mark.slow
 def test_settings_nested_too_deeply(home: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "deep.yaml").write_text("layers: " + "[" * 5000)
     arguments = ["edit", *model(home), *facts(home), *out(home, "never")]

@@ -123,6 +123,7 @@ def test_eval_of_the_base_model_is_local(home: Path, capsys: pytest.CaptureFixtu
     assert (home / "base.json").is_file()
 
 
+@pytest.mark.slow
 def test_eval_of_the_edited_subject(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = [json.loads(line) for line in (home / "facts.jsonl").read_text().splitlines()[:2]]
     for number, line in enumerate(lines):

@@ -156,6 +156,7 @@ def test_an_unloaded_editor_touches_no_other_editors_hooks() -> None:
     assert model.coachhook.hooks == editor.hooks  # type: ignore[union-attr]
 
 
+@pytest.mark.slow
 def test_targets_found_before_an_interrupt_are_reused(monkeypatch: pytest.MonkeyPatch) -> None:
     editor = make(config=CONFIG.replace(max_batch_tokens=1))
     asked: list[int] = []

@@ -76,6 +76,7 @@ def test_the_solve_passes_them_by() -> None:
     torch.testing.assert_close(editor.memories[position].matrix(), before[position] + K @ K.T, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_a_subject_edited_anew_does_not_interfere_with_itself() -> None:
     """The later fact wins, in whichever layer the earlier one is."""
     request = facts(1)[0]

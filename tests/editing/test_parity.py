@@ -44,6 +44,7 @@ CASES = {
     "llama as by default": ("llama", {"layers": (0, 1, 2), "continuation_factor": 0.0, **DEFAULTS}, True),
     "gpt2 as by default": ("gpt2", {"layers": (1, 2), "continuation_factor": 0.0, **DEFAULTS}, False),
 }
+QUICK = ("llama as by default",)
 
 
 class Trace:
@@ -136,7 +137,9 @@ def packed(documents: list[list[int]], length: int, begin: list[int]) -> list[li
 
 @pytest.mark.filterwarnings("ignore::coachhook_fast.EditWarning")
 @pytest.mark.parametrize("gate", ["sequence", "calibrated"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [case if case in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
+)
 def test_agrees_with_the_plain_implementation(case: str, gate: str, capsys: pytest.CaptureFixture[str]) -> None:
     family, changes, bos = CASES[case]
     settings = settings_of(gate, changes)

@@ -101,6 +101,7 @@ def test_first_adam_step_moves_every_coordinate_by_the_learning_rate() -> None:
     assert loss > 0.05
 
 
+@pytest.mark.slow
 def test_target_value_stays_in_the_ball_and_lowers_the_loss() -> None:
     oracle = plain("llama", steps=25, v_lr=0.5)
     fact = tiny_facts(1)[0]
@@ -194,6 +195,7 @@ def test_one_batch_by_its_definition() -> None:
     torch.testing.assert_close(moved, batch.delta[0] @ keys[5], rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_alpha_never_rises_and_every_edit_reaches_it() -> None:
     oracle = plain(gate="sequence", alpha=2.2, steps=6)
     facts = tiny_facts(6)

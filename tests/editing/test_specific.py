@@ -108,6 +108,7 @@ def plain_value(model: Any, block: Any, tokens: TokenisedRequest, config: EditCo
     return (v0[0] + delta).detach(), FURTHER_STEPS * planned
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_values_are_those_of_the_plain_definition_however_requests_are_grouped(family: str) -> None:
     model, tokenizer = tiny_model(family, dtype=torch.float64), tiny_tokenizer()

@@ -28,6 +28,7 @@ KILLS = 200
 # ------------------------------------------------------------------ kills
 
 
+@pytest.mark.slow
 def test_a_kill_loses_nothing_acknowledged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """SIGKILL at a random moment of a save, some hundred times. Every time the folder holds a whole version, that of
     the last acknowledged save or of the one under way. Writers are forked from this process, ready to write."""

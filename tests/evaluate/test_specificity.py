@@ -77,6 +77,7 @@ def share(a: Sequence[int], b: Sequence[int]) -> float:
     return sum(x == y for x, y in zip(a, b, strict=True)) / len(a)
 
 
+@pytest.mark.slow
 def test_answers_equal_their_definitions() -> None:
     model, base, tokenizer = tiny_model("llama"), tiny_model("llama"), tiny_tokenizer()
     install_hooks(model, "calibrated")
@@ -163,6 +164,7 @@ def with_written_answers(records: list[EditRecord], now: Plain, before: Plain) -
     return found
 
 
+@pytest.mark.slow
 def test_texts_equal_their_definitions() -> None:
     model, tokenizer = tiny_model("llama", n_positions=512), tiny_tokenizer()
     tokenizer.chat_template = TEMPLATE

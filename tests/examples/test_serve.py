@@ -90,6 +90,7 @@ def answer(client: Any, **changes: Any) -> Any:
     return reply.json()
 
 
+@pytest.mark.slow
 def test_edits_land_while_others_generate(running: Running, tmp_path: Path) -> None:
     client = running.client()
     base = answer(client)

@@ -95,6 +95,7 @@ def test_the_base_weights_and_dtypes_follow_the_model() -> None:
     torch.testing.assert_close(found.float(), expected("a"), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_compiled_without_graph_breaks() -> None:
     torch._dynamo.reset()
     model = adapters()

@@ -30,6 +30,7 @@ from coachhook_fast.edits.delta import LowRankDelta
 # ------------------------------------------------------------------ one sequence
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "gptj", "qwen2", "mistral", "gemma2", "gemma3"])
 def test_dynamic_and_sliding_window_caches(gate: str, family: str) -> None:
@@ -58,6 +59,7 @@ def test_no_cache(gate: str) -> None:
     assert generate(model, ids, use_cache=False) == reference(model, ids, prompt=None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gate", GATES)
 def test_compiled_static_cache_has_one_graph(gate: str) -> None:
     """The decode step compiles whole, as often as the unedited model's, and again for no other edit set."""
@@ -131,6 +133,7 @@ def test_left_padded_batch(gate: str, cache: str) -> None:
     assert made[:, -STEPS:].tolist() == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gate", GATES)
 def test_beam_search(gate: str) -> None:
     model = hooked(gate)
@@ -153,6 +156,7 @@ def test_prompt_lookup(gate: str, family: str) -> None:
     assert generate(model, ids, prompt_lookup_num_tokens=4) == reference(model, ids)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("noise", [0.0, 0.02, 2.0])
 def test_assisted_decoding(gate: str, noise: float) -> None:

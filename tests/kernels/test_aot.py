@@ -19,6 +19,8 @@ import pytest
 
 pytest.importorskip("triton")
 
+pytestmark = pytest.mark.slow  # compiling the kernels is its set-up
+
 CAPABILITIES = (80, 90, 100)
 # Bytes of shared memory a block may ask for (CUDA programming guide, technical specifications).
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}

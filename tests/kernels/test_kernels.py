@@ -232,6 +232,7 @@ def many_processors(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "processors", lambda device: 24)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("gate", ["calibrated", "relative"])
 @pytest.mark.parametrize("dense", [False, True])

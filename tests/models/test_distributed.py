@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from two_ranks import finish, start
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_two_ranks_equal_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     processes = start("distributed_edit.py", tmp_path)

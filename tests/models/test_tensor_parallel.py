@@ -16,6 +16,7 @@ from two_ranks import finish, start
 from coachhook_fast.models.tensor_parallel import ColumnShard, column_shard, is_tensor_parallel
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_two_ranks_share_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Statistics, edits, rollback, gates, logits, greedy text and loaded edits; 45 key columns on two ranks."""

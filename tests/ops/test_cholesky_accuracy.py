@@ -1,4 +1,4 @@
-"""How well the factor holds over many batches and on hard matrices: the targets of docs/notes/solver.md."""
+"""How well the factor holds over many batches and on hard matrices: the targets of docs/solver.md."""
 
 from __future__ import annotations
 
@@ -39,6 +39,7 @@ def error(value: Tensor, expected: Tensor) -> float:
     return float((value - expected).norm() / expected.norm())
 
 
+@pytest.mark.slow
 def test_a_thousand_batches(path: str) -> None:
     d, n, batches = 1536, 10, 1000 if path == "kernels" else 100
     generator = torch.Generator().manual_seed(0)
@@ -52,6 +53,7 @@ def test_a_thousand_batches(path: str) -> None:
     assert error(memory.matrix(), C) < 1e-12
 
 
+@pytest.mark.slow
 def test_a_thousand_batches_there_and_back(path: str) -> None:
     d, n, batches = 256, 10, 500
     generator = torch.Generator().manual_seed(0)
@@ -107,6 +109,7 @@ def smollm2_keys(model: Any, tokenizer: Any, text: str, tokens: int, layers: ran
     return {layer: torch.cat(parts) for layer, parts in kept.items()}
 
 
+@pytest.mark.slow
 def test_delta_on_smollm2s_statistics(smollm2: tuple[Any, Any], shared_data: Path) -> None:
     text = (shared_data / "wikitext2-test.raw").read_text()[:40_000]
     keys = smollm2_keys(*smollm2, text, 4096, range(4, 9))

@@ -80,6 +80,7 @@ def assert_stops(operator: Any, start: Tensor, K: Tensor) -> None:
 OPERATORS = [chol_update, chol_solve_update, chol_downdate, chol_solve]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_a_signal_leaves_the_factor(path: str, operator: Any, factors: tuple[Tensor, Tensor]) -> None:
     assert_stops(operator, *factors)

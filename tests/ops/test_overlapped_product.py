@@ -225,6 +225,7 @@ def test_a_graph_takes_it(tokens: int, shape: tuple[int, int], relative: bool, m
 SERIAL = re.compile(r"wgmma.*serialized|[1-9]\d* bytes spill")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs CUDA's compiler")
 def test_it_compiles_without_spills(tmp_path: Path) -> None:
     command = ["nvcc", "-std=c++20", "-O3", "-gencode", "arch=compute_90a,code=sm_90a", "-Xptxas", "-v", "-cubin"]

@@ -6,7 +6,7 @@ For each request, δ minimises
     + keep_factor mean over prompts to keep of KL(p0 || pδ) + continuation_factor KL(p0 || pδ after the target)
 
 Paraphrases count among the contexts; targets of earlier facts about the subject add their NLL. The last two terms are
-not the paper's (docs/experiments/specificity.md, docs/notes/drift.md).
+not the paper's (docs/experiments/specificity.md, docs/experiments/drift.md).
 
 What does not depend on δ is computed once: the blocks up to the last edited one, and in the blocks above it the keys
 and values of all tokens before the lookup position, which act as a fixed cache. A step then runs the upper blocks over
@@ -44,7 +44,7 @@ from coachhook_fast.request import TokenisedRequest, TokenRow, by_subject
 
 # Where rows are padded to the longest of their group: once a group has this many tokens a step, matrix products are
 # at their full rate, and a cluster that would lengthen it by more than this share begins a group of its own. On a GPU a
-# group also costs the recording of its step, worth some thousand tokens' work (docs/notes/targets.md).
+# group also costs the recording of its step, worth some thousand tokens (docs/experiments/target-values-speed.md).
 _ENOUGH_TOKENS = {"cpu": 256, "cuda": 4096}
 _LENGTHENING = 1.2
 

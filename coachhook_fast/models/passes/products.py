@@ -1,7 +1,7 @@
 """fp32 products with frozen weights on CPU, by oneDNN where MKL is not at home.
 
 PyTorch gives fp32 products to MKL, which on other makers' processors than Intel's stays with AVX2: 230 where oneDNN
-reaches 500 Gflop/s on two Zen 5 cores, at the same precision (docs/notes/targets.md). The editor's passes are such
+reaches 500 Gflop/s on two Zen 5 cores, at the same precision (docs/experiments/onednn.md). The editor's passes are such
 products and little else. Nothing is copied or packed: oneDNN reads the module's own weight, transposed for the backward
 pass.
 """
