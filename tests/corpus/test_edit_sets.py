@@ -99,7 +99,7 @@ _WRONG: dict[tuple[Any, ...], list[Any]] = {
     (*_CONFIG, "gate"): ["", "none", 1, None],
     (*_CONFIG, "threshold_rule"): ["", "none", 1, None],
 }  # fmt: skip
-_MAY_LACK = {"statistics", "case_id", "ground_truth", "in_context_only"}
+_MAY_LACK = {"statistics", "base", "case_id", "ground_truth", "in_context_only"}
 _MAY_LACK |= {"paraphrases", "keep", "said", "answer", "said_paraphrases"}  # not in sets of earlier versions
 _MAY_LACK |= {"columns", "request_alphas", "removed"}
 
