@@ -73,7 +73,7 @@ class HookLinear(nn.Module):
     parameters under the base's names, so that PEFT, accelerate and checkpoints find what they know.
 
     Attributes:
-        base: the module it stands for, untouched. (`base_layer`, the name until 0.1, marks PEFT's own layers.)
+        base: the module it stands for, untouched. (It is not called `base_layer`: that marks PEFT's own layers.)
         in_features, out_features: ``d`` and ``m``.
         gate: "calibrated" (``||Delta k|| >= tau``) or "sequence" (the paper's z-score against the token's
             sequence).
