@@ -80,8 +80,15 @@ def _base_name(model: nn.Module, name: str) -> str | None:
 
 
 def base_to_edit(model: nn.Module) -> nn.Module:
-    """The base model inside `model`; ValueError where its weights are not there or adapters take part."""
+    """The base model inside `model`; ValueError where its weights are not there, adapters take part in its passes, or
+    parts of it are compiled by themselves."""
     model = unwrapped(model)
+    compiled = next((name for name, module in model.named_modules() if _COMPILED in module._modules), None)
+    if compiled is not None:
+        raise ValueError(
+            f"{compiled} is compiled by itself, and the editor's passes replace parts of it: edit the model first, and "
+            "compile then"
+        )
     check_loaded(model)
     check_no_adapters(model)
     return model

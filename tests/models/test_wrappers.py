@@ -67,6 +67,8 @@ def test_compiled_wrappers(edits: tuple[Path, torch.Tensor], tmp_path: Path) -> 
     for number, block in enumerate(blocks.model.layers):
         blocks.model.layers[number] = torch.compile(block, backend="eager")
     assert fingerprint(blocks) == fingerprint(tiny_model("llama"))
+    with pytest.raises(ValueError, match=r"model.layers.0 is compiled by itself.*edit the model first"):
+        Editor(blocks, tiny_tokenizer(), CONFIG)
     torch.testing.assert_close(says(load_edits(blocks, edits[0])), edits[1], rtol=1e-4, atol=1e-4)
 
 
