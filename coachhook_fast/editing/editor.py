@@ -41,8 +41,8 @@ class Editor(EditedModel):
     """Edits a transformers causal language model in consecutive batches.
 
     Args:
-        model: base model of a known family (architectures.LAYOUTS), or of any with its modules named in `config`. Hooks
-            are installed at once; no base weight is ever written.
+        model: base model of a family that is known or shows its layers (docs/models.md), or of any with its modules
+            named in `config`. Hooks are installed at once; no base weight is ever written.
         tokenizer: the model's tokenizer.
         config: settings; None takes the defaults, or those of `edits`.
         edits: folder of a saved edit set to go on from.
