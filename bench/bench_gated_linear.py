@@ -38,7 +38,7 @@ def test_plain_projection(benchmark: Any, rank: int | str, tokens: int) -> None:
     hook, x = setting(rank, tokens)
     benchmark.group = f"gpt2-xl, rank {rank}, {tokens} tokens"
     with torch.inference_mode():
-        benchmark(hook.base_layer, x)
+        benchmark(hook.base, x)
 
 
 @pytest.mark.parametrize(("rank", "tokens"), SIZES)

@@ -178,7 +178,7 @@ def _layer_figures(model: Any) -> list[dict[str, float]]:
         return figures
     for hook in getattr(handle, "hooks", None) or handle.added:
         delta = hook.get_delta_weight() if hasattr(hook, "get_delta_weight") else hook.delta
-        weight = hook.base_layer.weight.detach()
+        weight = hook.base.weight.detach()
         threshold = getattr(hook, "threshold", getattr(hook, "alpha", None))
         figures.append(
             {

@@ -88,8 +88,8 @@ class EditConfig:
     """Settings of an editing run; every value is checked when the object is made.
 
     The defaults are what docs/experiments found best; `EditConfig(**PAPER)` edits as published. Where `layers` are
-    named, or the gate is `sequence`, the batch's steps are the paper's unless
-    `round_robin` and `hard_negatives` say otherwise.
+    named, or the gate is `sequence`, the steps of a batch are the paper's unless `round_robin` and `hard_negatives` say
+    otherwise.
 
     Args:
         layers: edited blocks, ascending; None takes `round_robin_layers` of the model in round-robin, else

@@ -153,9 +153,7 @@ def prompt_row(tokenizer: Any, prompt: str, subject: str, target: str | None = N
     start = _subject_start(prompt, subject)
     prefix = f"{before}. " if before else ""
     text, end = prefix + filled(prompt, subject), len(prefix) + start + len(subject.rstrip())
-    ids, answer = (
-        (tokenizer(text)["input_ids"], []) if target is None else encode_prompt_target(tokenizer, text, target)
-    )
+    ids, answer = (prompt_ids(tokenizer, text), []) if target is None else encode_prompt_target(tokenizer, text, target)
     return TokenRow(tuple(ids), tuple(answer), last_token_before(tokenizer, text, end))
 
 
@@ -204,6 +202,18 @@ class TokenisedRequest:
         return next((i for i, row in enumerate(self.rows) if row.prompt[: row.lookup + 1] == begin), None)
 
 
+def prompt_ids(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a text that goes on: without the end-of-text tokens that some tokenizers put behind every text
+    (`add_eos_token`), after which a model begins another one."""
+    ids = list(tokenizer(text)["input_ids"])
+    end, written = getattr(tokenizer, "eos_token_id", None), getattr(tokenizer, "eos_token", None)
+    own = 0  # those that are written in the text itself
+    while written and text.endswith(written * (own + 1)):
+        own += 1
+    last = next((i for i in range(len(ids), 0, -1) if ids[i - 1] != end), 0)
+    return ids[: last + own]
+
+
 def encode_prompt_target(tokenizer: Any, prompt: str, target: str) -> tuple[list[int], list[int]]:
     """Token ids of `prompt` and of `target` as its continuation, with one space between; none behind a line break, as
     chat templates end.
@@ -212,11 +222,10 @@ def encode_prompt_target(tokenizer: Any, prompt: str, target: str) -> tuple[list
     generation can produce), and apart where the tokenizer merges across the boundary.
     """
     continuation = target if target[:1].isspace() or prompt.endswith("\n") else " " + target
-    prompt_ids = list(tokenizer(prompt)["input_ids"])
-    joint = list(tokenizer(prompt + continuation)["input_ids"])
-    if joint[: len(prompt_ids)] == prompt_ids and len(joint) > len(prompt_ids):
-        return prompt_ids, joint[len(prompt_ids) :]
-    return prompt_ids, list(tokenizer(continuation, add_special_tokens=False)["input_ids"])
+    ids, joint = prompt_ids(tokenizer, prompt), prompt_ids(tokenizer, prompt + continuation)
+    if joint[: len(ids)] == ids and len(joint) > len(ids):
+        return ids, joint[len(ids) :]
+    return ids, list(tokenizer(continuation, add_special_tokens=False)["input_ids"])
 
 
 def last_token_before(tokenizer: Any, text: str, end: int) -> int:
@@ -227,7 +236,7 @@ def last_token_before(tokenizer: Any, text: str, end: int) -> int:
         if holding:
             return holding[-1]
     # Slow tokenizers give no offsets: the tokens of the text up to `end` are the next best measure.
-    return len(tokenizer(text[:end])["input_ids"]) - 1
+    return len(prompt_ids(tokenizer, text[:end])) - 1
 
 
 def fact_keys(request: EditRequest) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -60,7 +60,7 @@ def _demo(arguments: argparse.Namespace) -> int:
     scores = {name: result[name] for name in names}
     console.print("  ".join(f"[bold]{name}[/] {value:.3f}" for name, value in scores.items()))
 
-    weights = {name.replace(".base_layer", ""): value for name, value in model.named_parameters()}
+    weights = dict(model.named_parameters())
     untouched = all(bool((weights[name] == value).all()) for name, value in base_weights.items())
     console.print(f"base weights untouched, bit for bit: [bold]{untouched}[/]")
 

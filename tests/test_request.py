@@ -99,3 +99,26 @@ class TestBatch:
     def test_too_long(self) -> None:
         with pytest.raises(ValueError, match=r"requests\[0\].prompt takes \d+ tokens .* context is 5"):
             self.tokenise(self.request, limit=5)
+
+
+def test_the_end_that_a_tokenizer_puts_behind_every_text_is_no_part_of_a_prompt() -> None:
+    from tokenizers import processors
+
+    from coachhook_fast.request import prompt_ids
+
+    plain, ending = tiny_tokenizer(), tiny_tokenizer()
+    ending.backend_tokenizer.post_processor = processors.Sequence(
+        [
+            processors.ByteLevel(trim_offsets=False),
+            processors.TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 1)]),
+        ]
+    )
+    assert ending("Ada")["input_ids"][-1] == ending.eos_token_id
+    fact = EditRequest(
+        "{} works as a", "Ada Vale", "baker", paraphrases=("By trade, {} is a",), keep=("{} was born in",)
+    )
+    contexts = ("The old market", "A text about {} mentions")
+    assert fact.tokenise(ending, contexts) == fact.tokenise(plain, contexts)
+    assert prompt_ids(ending, "Ada<eos>") == [*prompt_ids(plain, "Ada"), 1]  # the text's own stays
+    assert prompt_ids(plain, "Ada<eos><eos>") == [*prompt_ids(plain, "Ada"), 1, 1]
+    assert prompt_ids(ending, "") == []

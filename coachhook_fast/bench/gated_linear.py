@@ -91,10 +91,10 @@ def model_rows(model: str, edits: str, lengths: Sequence[int] = (1, 8, 64, 256))
             for length in lengths:
                 x = found[hook][None, :length]
                 fire = hook.trace(x).fire
-                out, plain = hook(x), hook.base_layer(x)
+                out, plain = hook(x), hook.base(x)
                 correction = torch.where(fire[..., None], x @ hook.get_delta_weight().T, 0.0)
                 right = torch.allclose(out, plain + correction, rtol=1e-2, atol=1e-2 * float(plain.abs().max()))
-                ours, base = common.timed([functools.partial(hook, x), functools.partial(hook.base_layer, x)], SECONDS)
+                ours, base = common.timed([functools.partial(hook, x), functools.partial(hook.base, x)], SECONDS)
                 state = hook.served.state
                 yield common.row(
                     f"edited layer {hook.index} of {model}, {length} tokens",

@@ -93,7 +93,7 @@ def cases(
             yield Case("gated projection", shape, rank, gated, hooks, inputs, twins)
         if rank == 100 and length in RELATIVE_TOKENS:
             inputs = [x.to(dtype) for x in make_keys(length)]
-            others = [HookLinear(hook.base_layer) for hook in hooks]
+            others = [HookLinear(hook.base) for hook in hooks]
             for other, hook, x in zip(others, hooks, inputs, strict=True):
                 tau = problem.relative_limit(hook.delta, x.float())
                 other.set_delta(hook.delta, tau, relative=True)
@@ -152,7 +152,7 @@ def case_rows(case: Case) -> Iterator[common.Row]:
     rounds = max(1, math.ceil(GRAPH_SECONDS / (count * plain_floor)))
     pairs = list(zip(case.hooks, case.inputs, strict=True))
     ours = [functools.partial(hook, x) for hook, x in pairs]
-    plain = [functools.partial(hook.base_layer, x) for hook, x in pairs]
+    plain = [functools.partial(hook.base, x) for hook, x in pairs]
     with torch.inference_mode():
         ours_replay, outputs = graphs.captured(ours, rounds)
         plain_replay, _ = graphs.captured(plain, rounds)

@@ -90,7 +90,7 @@ def checked(hook: HookLinear, x: Tensor, gated: int, out: Tensor | None = None) 
     """
     out = hook(x) if out is None else out
     fire, m = decisions(hook, x).flatten(), hook.out_features
-    x, out, plain = x.flatten(0, -2), out.reshape(-1, m), hook.base_layer(x).reshape(-1, m)
+    x, out, plain = x.flatten(0, -2), out.reshape(-1, m), hook.base(x).reshape(-1, m)
     others = torch.where(fire, 1, 0).argsort(stable=True)  # those that do not fire come first
     some = torch.cat([others[: _CHECKED - _CHECKED // 4], others[-(_CHECKED // 4) :]]).unique()
     correction = x[some].double() @ hook.delta.B.double().T

@@ -80,7 +80,7 @@ def _floor(editor: Editor, batch: list[TokenisedRequest], found: list[Target], b
 def _batches(editor: Editor, batch: list[TokenisedRequest], sample: int, shape: str) -> Row:
     partial, layers = editor.partial, editor.layers
     plain, before = baseline("one_at_a_time"), gemm_rate(device=partial.device)
-    downs = [hook.base_layer for hook in editor.hooks]
+    downs = [hook.base for hook in editor.hooks]
     matrices = [memory.matrix() for memory in editor.memories]
     expected: list[torch.Tensor] = []
     few = batch[:sample]

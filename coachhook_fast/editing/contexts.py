@@ -13,6 +13,7 @@ from torch import nn
 
 from coachhook_fast.config import EditConfig
 from coachhook_fast.models.placement import input_device
+from coachhook_fast.request import prompt_ids
 
 
 @torch.inference_mode()
@@ -21,10 +22,10 @@ def write_contexts(model: nn.Module, tokenizer: Any, config: EditConfig) -> tupl
     texts = []
     generate: Any = model.generate
     for seed in config.context_seeds:
-        encoded = tokenizer(seed, return_tensors="pt").to(input_device(model))
+        begin = torch.tensor([prompt_ids(tokenizer, seed)], device=input_device(model))
         ids = generate(
-            input_ids=encoded["input_ids"],
-            attention_mask=encoded["attention_mask"],
+            input_ids=begin,
+            attention_mask=torch.ones_like(begin),
             max_new_tokens=config.context_tokens,
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,

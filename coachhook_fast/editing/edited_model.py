@@ -26,13 +26,15 @@ from coachhook_fast.edits.delta import LowRankDelta
 from coachhook_fast.edits.edit_set import Batch, EditSet, Removed
 from coachhook_fast.edits.removal import recalibrated, removed_keys, without_requests
 from coachhook_fast.edits.threshold import Threshold
-from coachhook_fast.hooks.hooks import Hooks
+from coachhook_fast.hooks.hooks import Hooks, checked_layers
 from coachhook_fast.interrupts import deferred
 from coachhook_fast.model_defaults import default_layers
 from coachhook_fast.models.architectures import down_projection_size, layout_of
-from coachhook_fast.models.loading import fingerprint
+from coachhook_fast.models.loading import identified
 from coachhook_fast.models.passes.budget import TokenBudget
 from coachhook_fast.models.passes.forward import PartialModel, frozen
+from coachhook_fast.models.residual import check_residual
+from coachhook_fast.models.wrappers import base_to_edit, check_no_adapters
 from coachhook_fast.statistics.cache import model_statistics
 from coachhook_fast.statistics.corpus import Corpus
 from coachhook_fast.statistics.key_statistics import KeyStatistics
@@ -49,6 +51,7 @@ class EditedModel:
         *,
         edits: str | Path | None = None,
     ) -> None:
+        model = base_to_edit(model)
         saved = None if edits is None else store.load(Path(edits))
         config = config or (saved.config if saved else EditConfig())
         layout = layout_of(
@@ -57,18 +60,19 @@ class EditedModel:
         self.model, self.tokenizer = model, tokenizer
         self.partial = PartialModel(model, layout)
         num_layers = len(self.partial.blocks)
-        typical = layout.down_projection(model, default_layers(num_layers)[0])
-        out_features, self.key_dim = down_projection_size(typical)
+        typical = min((config.layers or default_layers(num_layers))[0], num_layers - 1)
+        out_features, self.key_dim = down_projection_size(layout.down_projection(model, typical))
         config = config.resolved(num_layers, self.key_dim)
         assert config.layers is not None
         layers = config.layers
+        self.partial.gain = check_residual(self.partial, checked_layers(model, layout, layers))
         self._handle = Hooks(model, layout, layers, config.gate)
         self._recalibrate = False  # thresholds of loaded edits are of other settings than config's
         try:
             self._check_devices()
-            self.model_id = fingerprint(model)
+            self.model_id, parts = identified(model)
             if saved is not None:
-                store.check_continues(saved, self.model_id, config)
+                store.check_continues(saved, self.model_id, parts, config)
                 self.edit_set = replace(saved, config=config)
                 self._recalibrate = bool(saved.batches) and config.calibrates_otherwise(saved.config)
             else:
@@ -76,7 +80,8 @@ class EditedModel:
                 with frozen(model):
                     contexts = write_contexts(model, tokenizer, config)
                 start = Threshold(config.alpha if config.gate == "sequence" else float("inf"))
-                self.edit_set = EditSet(self.model_id, config, contexts, (empty,) * len(layers), (start,) * len(layers))
+                each = (empty,) * len(layers), (start,) * len(layers)
+                self.edit_set = EditSet(self.model_id, config, contexts, *each, base=parts)
             self._handle.publish(self.edit_set)
         except BaseException:
             self._handle.unload()
@@ -138,6 +143,7 @@ class EditedModel:
             max_tokens: token budget; None takes `mom2_n_tokens` of the config. More of the corpus is tokenised and kept
                 to find hard negatives in (`hard_negative_tokens`).
         """
+        check_no_adapters(self.model)
         with self.disabled(), frozen(self.model):
             statistics = model_statistics(
                 self.partial, self.tokenizer, self.config, self.model_id, self.key_dim, corpus,

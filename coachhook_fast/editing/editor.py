@@ -12,6 +12,7 @@ from torch import Tensor
 
 from coachhook_fast.editing.answers import answers_of
 from coachhook_fast.editing.edited_model import EditedModel
+from coachhook_fast.editing.gradients import check_gradients
 from coachhook_fast.editing.hard_negatives import find_hard_negatives
 from coachhook_fast.editing.key_memory import KeyMemory
 from coachhook_fast.editing.keys import bare_outputs
@@ -30,6 +31,7 @@ from coachhook_fast.interrupts import deferred
 from coachhook_fast.models.distributed import of_first_rank
 from coachhook_fast.models.loading import context_length
 from coachhook_fast.models.passes.forward import frozen
+from coachhook_fast.models.wrappers import check_no_adapters
 from coachhook_fast.progress import track
 from coachhook_fast.request import EditRequest, TokenisedRequest, TokenRow, check_batch, tokenise_batch
 from coachhook_fast.statistics.corpus import begin_tokens
@@ -39,8 +41,8 @@ class Editor(EditedModel):
     """Edits a transformers causal language model in consecutive batches.
 
     Args:
-        model: base model of a known family (architectures.LAYOUTS), or of any with its modules named in `config`. Hooks
-            are installed at once; no base weight is ever written.
+        model: base model of a family that is known or shows its layers (docs/models.md), or of any with its modules
+            named in `config`. Hooks are installed at once; no base weight is ever written.
         tokenizer: the model's tokenizer.
         config: settings; None takes the defaults, or those of `edits`.
         edits: folder of a saved edit set to go on from.
@@ -84,6 +86,7 @@ class Editor(EditedModel):
         """
         started = time.monotonic()
         self._handle.check_editable()
+        check_no_adapters(self.model)
         if torch.is_inference_mode_enabled():
             raise ValueError("Editor.edit needs gradients: call it outside torch.inference_mode()")
         check_batch(requests)
@@ -113,6 +116,7 @@ class Editor(EditedModel):
             )
             self._handle.enable()  # a new edit goes on top of all earlier ones, whoever has switched them off
             v0 = self._bare_outputs(tokens, assignments)
+            check_gradients(self.partial, max(self.layers), tokens[0].bare, pad_id=pad_id)
             cache = TargetCache(start, tokens)
             bar.advance(len(cache.found), "found before")
             targets: dict[int, Target] = {}

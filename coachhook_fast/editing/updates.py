@@ -124,6 +124,7 @@ def update_layers(
             norm = partial.layout.post_norm(partial.model, layer)
             assert norm is not None
             R = through_norm(norm, readings.before_norm[:, own], R)
+        R = R / partial.gain
         if config.specific:
             R = _in_full(R, mine, X)
         tell("update", layer, K=K, R=R, X=X, s=s, N=N)

@@ -5,7 +5,7 @@ An editor makes a new one with every batch and publishes it whole; a batch that 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,7 +16,6 @@ from coachhook_fast.config import EditConfig
 from coachhook_fast.edits.delta import LowRankDelta
 from coachhook_fast.edits.threshold import Threshold
 from coachhook_fast.request import EditRequest
-
 
 # An edit that a layer answers with less than this share of its batch's longest answer changes nothing there.
 _UNCHANGED = 0.05
@@ -144,6 +143,8 @@ class EditSet:
         contexts: texts that the model wrote, prefixes of every request's prompt.
         deltas, thresholds: one a layer of `config.layers`.
         batches: the ledger, oldest first.
+        base: what the base model's parameters were like (models/identity.py), to name what another has otherwise; empty
+            in sets of earlier versions.
         statistics: run of the key statistics that the latest batch was made with, "" where it has no name.
         removed: requests that were taken out of the ledger again, in the order in which that was done.
         seen: what a folder held (`store.state_of`) when one of this set's line was last read from it or written to it;
@@ -158,6 +159,7 @@ class EditSet:
     batches: tuple[Batch, ...] = ()
     statistics: str = ""
     removed: tuple[Removed, ...] = ()
+    base: Mapping[str, str] = field(default_factory=dict, repr=False)
     seen: dict[str, tuple[Any, ...]] = field(default_factory=dict, compare=False, repr=False)
 
     @property

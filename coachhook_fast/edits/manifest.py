@@ -24,7 +24,7 @@ State = tuple[tuple[str, str], ...]
 RUN_NAME = "[0-9A-Za-z_-]{0,64}"  # of key statistics: a name in the cache, never a path
 _LEAST, _MOST = 2.0**-126, 2.0**127  # numbers that fp32 holds in full
 _FIELDS = {"format", "model", "config", "contexts", "thresholds", "weights", "batches"}
-_NEWER_FIELDS = {"statistics", "removed"}  # sets written before they were there lack them
+_NEWER_FIELDS = {"statistics", "removed", "base"}  # sets written before they were there lack them
 _BATCH_KINDS: dict[str, Any] = {
     "id": str, "parent": (str, type(None)), "time": str, "seconds": (int, float), "metrics": dict,
     "alphas": list, "thresholds": list, "outcomes": list, "tensors": dict,
@@ -98,6 +98,9 @@ def _check(manifest: Mapping[str, Any]) -> None:
     run = manifest.get("statistics", "")
     if not isinstance(run, str) or not re.fullmatch(RUN_NAME, run):
         raise ValueError(f"statistics must be the name of a run, got {run!r}")
+    base = manifest.get("base", {})
+    if not isinstance(base, dict) or not all(isinstance(part, str) for part in base.values()):
+        raise TypeError(f"base must tell of each parameter in a text, got {base!r}")
     config = EditConfig.from_dict(manifest["config"])
     check_bounds(config)
     layers = config.layers

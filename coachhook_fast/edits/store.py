@@ -48,8 +48,9 @@ from coachhook_fast.edits.manifest import (  # fmt: skip
 )
 from coachhook_fast.edits.tensors import read_tensors, write_tensors
 
-Accept = Callable[[str, EditConfig], Sequence[tuple[int, int]]]
+Accept = Callable[[str, Mapping[str, str], EditConfig], Sequence[tuple[int, int]]]
 _UPDATE = ("keys", "residuals", "directions")  # tensors of a layer's update
+_NAMED = 4  # parameters that a message names
 _SPREAD = "spread"  # a fourth, under threshold_whitened
 _OURS_ON_THE_HUB = [f"{kind}-{'[0-9a-f]' * 16}.safetensors" for kind in ("weights", "batch")]
 _OURS = re.compile(
@@ -87,6 +88,7 @@ def save(edit_set: EditSet, folder: Path, *, overwrite: bool = False) -> None:
         manifest = {
             "format": FORMAT,
             "model": edit_set.model,
+            "base": dict(edit_set.base),
             "config": edit_set.config.to_dict(),
             "contexts": list(edit_set.contexts),
             "thresholds": thresholds_line(edit_set.thresholds),
@@ -139,8 +141,8 @@ def load(folder: Path, *, updates: bool = True, accept: Accept | None = None) ->
     Args:
         updates: False leaves the batches' tensors where they are, the bulk of it, and reads what serving needs: such a
             set cannot be edited, rolled back or saved.
-        accept: called with the base model's fingerprint and the settings before a tensor is read; gives (m, d) of each
-            layer, or raises ValueError.
+        accept: called with the base model's fingerprint, its parts (`EditSet.base`) and the settings before a tensor is
+            read; gives (m, d) of each layer, or raises ValueError.
 
     Raises:
         ValueError: no edit set there, an unknown format or field, a file that is missing or whose checksum differs, a
@@ -153,7 +155,7 @@ def _edit_set_of(folder: Path, manifest: Mapping[str, Any], *, updates: bool, ac
     config = EditConfig.from_saved(manifest["config"])
     assert config.layers is not None  # read_manifest has looked
     layers = len(config.layers)
-    sizes = None if accept is None else accept(manifest["model"], config)
+    sizes = None if accept is None else accept(manifest["model"], manifest.get("base", {}), config)
     found = EditSet(
         model=manifest["model"],
         config=config,
@@ -163,6 +165,7 @@ def _edit_set_of(folder: Path, manifest: Mapping[str, Any], *, updates: bool, ac
         batches=tuple(_read_batch(folder, line, layers, updates=updates) for line in manifest["batches"]),
         statistics=str(manifest.get("statistics", "")),
         removed=removed_in(manifest),
+        base=manifest.get("base", {}),
         seen={_place(folder): state_of_manifest(manifest)},
     )
     if updates:
@@ -202,19 +205,37 @@ def _commit_of(folder: Path) -> tuple[int, int] | None:
     return found.st_ino, found.st_mtime_ns
 
 
-def check_base(made_for: str, model_id: str) -> None:
-    """ValueError unless edits made for the base model with fingerprint `made_for` belong to that of `model_id`."""
+def check_base(made_for: str, model_id: str, base: Mapping[str, str], parts: Mapping[str, str]) -> None:
+    """ValueError unless edits made for the base model with fingerprint `made_for` belong to that of `model_id`; it
+    names what of the parameters is otherwise, by their descriptions `base` and `parts`."""
     if made_for != model_id:
         raise ValueError(
             f"edits belong to another base model: they were made for fingerprint {made_for}, "
-            f"this model's is {model_id} (a copy of the right model in fp16, or a quantised one, differs in its last "
-            "digits: load_edits(..., check=False))"
+            f"this model's is {model_id}{_otherwise(base, parts)} (a copy of the right model in fp16, or a quantised "
+            "one, differs in its last digits: load_edits(..., check=False))"
         )
 
 
-def check_continues(edit_set: EditSet, model_id: str, config: EditConfig) -> None:
+def _otherwise(base: Mapping[str, str], here: Mapping[str, str]) -> str:
+    """What of `here` is not as in `base`, to go on a message with; "" where nothing is known of `base`."""
+    if not base:
+        return ""
+    found = []
+    for name in sorted({*base, *here}):
+        (there_shape, _, there), (shape, _, values) = (parts.get(name, "").rpartition(" ") for parts in (base, here))
+        if name not in here or name not in base:
+            found.append(f"{name} is {'in theirs' if name in base else 'here'} alone")
+        elif there_shape != shape:
+            found.append(f"{name} was {there_shape}, here {shape}")
+        elif there != values:
+            found.append(f"{name} has other values")
+    more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+    return f"; what differs: {', '.join(found[:_NAMED])}{more}"
+
+
+def check_continues(edit_set: EditSet, model_id: str, parts: Mapping[str, str], config: EditConfig) -> None:
     """ValueError unless editing can go on from `edit_set` with `config` on this model."""
-    check_base(edit_set.model, model_id)
+    check_base(edit_set.model, model_id, edit_set.base, parts)
     for name in (
         "layers",
         "round_robin",

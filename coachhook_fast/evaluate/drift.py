@@ -17,6 +17,7 @@ from coachhook_fast.evaluate.record import EditRecord
 from coachhook_fast.evaluate.scoring import DEFAULT_BATCH_TOKENS, left_padded
 from coachhook_fast.models.placement import input_device
 from coachhook_fast.progress import track
+from coachhook_fast.request import prompt_ids
 
 DRIFT_PROMPTS = (
     "{} is a",
@@ -37,7 +38,7 @@ def drift(
 ) -> list[float]:
     """For each record KL(base ‖ model) of the next token in nats, mean over DRIFT_PROMPTS about its subject."""
     texts = [text.replace("{}", record.request.subject) for record in records for text in DRIFT_PROMPTS]
-    rows = [tuple(tokenizer(text)["input_ids"]) for text in texts]
+    rows = [tuple(prompt_ids(tokenizer, text)) for text in texts]
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
     found = torch.empty(len(rows), dtype=torch.float64)
     with torch.no_grad(), track("drift", len(rows), "texts", progress) as bar:

@@ -19,6 +19,7 @@ from coachhook_fast.evaluate.scoring import DEFAULT_BATCH_TOKENS, MAX_LOGITS, Id
 from coachhook_fast.models.loading import context_length
 from coachhook_fast.models.placement import input_device
 from coachhook_fast.progress import track
+from coachhook_fast.request import prompt_ids
 
 FLUENCY_TOKENS = 100  # of text a prompt, as ROME
 _FLUENCY_TOP_K = 5
@@ -81,7 +82,7 @@ def complete(model: Any, tokenizer: Any, prompts: Sequence[str], *, max_new_toke
     Raises:
         ValueError: a text with its continuation would be longer than the model's context.
     """
-    ids = [tuple(tokenizer(prompt)["input_ids"]) for prompt in prompts]
+    ids = [tuple(prompt_ids(tokenizer, prompt)) for prompt in prompts]
     longest, limit = max(map(len, ids), default=0), context_length(model)
     if limit is not None and longest + max_new_tokens > limit:
         raise ValueError(
@@ -106,7 +107,7 @@ def fluency(
     The text is prompt and continuation, sampled among the five best tokens as ROME does. The draw depends on
     `seed` and on the prompt's index only, so neither the batch size nor the neighbours in a batch change it.
     """
-    ids = [tuple(tokenizer(prompt)["input_ids"]) for prompt in prompts]
+    ids = [tuple(prompt_ids(tokenizer, prompt)) for prompt in prompts]
     written = continue_greedily(
         model,
         ids,

@@ -22,6 +22,7 @@ from coachhook_fast.hooks.hooks import hooks_of
 from coachhook_fast.hooks.layer import GateTrace, HookLinear
 from coachhook_fast.models.loading import context_length
 from coachhook_fast.models.placement import input_device
+from coachhook_fast.request import prompt_ids
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -95,7 +96,7 @@ def inspect_prompt(model: nn.Module, tokenizer: Any, prompt: str) -> Inspection:
     handle = hooks_of(model)
     if handle is None:
         raise ValueError("model has no edits: install an edit set first (load_edits)")
-    ids = list(tokenizer(prompt)["input_ids"])
+    ids = prompt_ids(tokenizer, prompt)
     limit = context_length(model)
     if not ids:
         raise ValueError(f"prompt has no tokens: {prompt!r}")

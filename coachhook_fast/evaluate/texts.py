@@ -19,6 +19,7 @@ from coachhook_fast.evaluate.record import EditRecord
 from coachhook_fast.evaluate.result import RecordResult, mean
 from coachhook_fast.evaluate.scoring import Ids
 from coachhook_fast.models.loading import context_length
+from coachhook_fast.request import prompt_ids
 
 WRITTEN = ("leak", "passing", "repeats", "said")
 ANSWER_TOKENS = 24  # within these an answer is said, or leaks
@@ -42,7 +43,7 @@ class TextPlan:
     @classmethod
     def of(cls, tokenizer: Any, record: EditRecord, passing: int) -> TextPlan:
         def ids(text: str) -> Ids:
-            return tuple(tokenizer(text)["input_ids"])
+            return tuple(prompt_ids(tokenizer, text))
 
         request, question = record.request, question_of(record)
         # A fact whose answer is the new one, or names it, may say it.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,11 +18,15 @@ from coachhook_fast.hooks.states import HookState, RowStates
 from coachhook_fast.hooks.transformers_cache import SequenceTracker, wrap_method
 from coachhook_fast.hooks.versions import Versions
 from coachhook_fast.models.architectures import Layout, down_projection_size
+from coachhook_fast.models.base_layer import given_back
+from coachhook_fast.models.placement import check_loaded
+from coachhook_fast.models.wrappers import unwrapped
 
 ATTRIBUTE = "coachhook"
 _SHARED = "_coachhook_shared_weights"
 DEFAULT = "default"
 _BATCHING = "init_continuous_batching"
+_SAVING = "save_pretrained"
 
 
 class Hooks:
@@ -38,6 +43,12 @@ class Hooks:
         """Raises ValueError, with the model unchanged, if it has hooks already or a layer is out of range."""
         if hasattr(model, ATTRIBUTE):
             raise ValueError("model already has hooks: call model.coachhook.unload() first")
+        check_loaded(model)
+        if gate == "sequence" and layout.mixes_rows:
+            raise ValueError(
+                f"gate must be 'calibrated' for {type(model).__name__}, whose FFNs see all rows' tokens in one list, "
+                f"got {gate!r}, which judges them row by row"
+            )
         self.model = model
         self.layout = layout
         self.layers = checked_layers(model, layout, layers)
@@ -53,7 +64,8 @@ class Hooks:
         ]
         for layer, hook in zip(self.layers, self.hooks, strict=True):
             self._place(layer, hook)
-        self._wrapped = gate == "calibrated" and wrap_method(model, _BATCHING, _refuse_selections)
+        wrappers = {_SAVING: _warn_of_edits} | ({_BATCHING: _refuse_selections} if gate == "calibrated" else {})
+        self._wrapped = [name for name, function in wrappers.items() if wrap_method(model, name, function)]
         self.edit_set: EditSet | None = None
         self._disabled = 0  # `disabled()` blocks under way, of all threads
         self._modes_before: list[str] = []
@@ -216,13 +228,13 @@ class Hooks:
         """Takes the hooks out and returns the untouched model; ValueError where they are out already."""
         self.check_installed()
         for layer, hook in zip(self.layers, self.hooks, strict=True):
-            self._place(layer, hook.base_layer)
+            self._place(layer, given_back(hook))
         if self._tracker is not None:
             self._tracker.remove()
         for handle in self._handles:
             handle.remove()
-        if self._wrapped:
-            del self.model.__dict__[_BATCHING]
+        for name in self._wrapped:
+            del self.model.__dict__[name]
         delattr(self.model, ATTRIBUTE)
         return self.model
 
@@ -247,14 +259,26 @@ class Hooks:
         self._versions.unpin()
 
     def _place(self, layer: int, module: nn.Module) -> None:
-        parent, _, name = self.layout.rewrite_module_tmp.format(layer).rpartition(".")
-        setattr(self.model.get_submodule(parent), name, module)
+        parent, name = self.layout.slot(self.model, layer)
+        setattr(parent, name, module)
 
 
 def _refuse_selections(model: Any, *args: Any, **kwargs: Any) -> Any:
     """Continuous batching runs the model in another thread, which would not see this one's rows."""
     model.coachhook.check_editable()
     return type(model).init_continuous_batching(model, *args, **kwargs)
+
+
+def _warn_of_edits(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """The model's own save_pretrained, which knows nothing of edits."""
+    edit_set = model.coachhook.edit_set
+    if edit_set is not None and edit_set.batches:
+        warnings.warn(
+            f"save_pretrained writes the base model alone, without its {edit_set.num_edits} edits, which no weight can "
+            "hold: Editor.save_pretrained(folder) writes them, and load_edits(model, folder) reads them",
+            stacklevel=2,
+        )
+    return type(model).save_pretrained(model, *args, **kwargs)
 
 
 def _check_name(name: str | None, known: Collection[str]) -> None:
@@ -308,5 +332,5 @@ def checked_layers(model: nn.Module, layout: Layout, layers: Sequence[int]) -> t
 
 def hooks_of(model: nn.Module) -> Hooks | None:
     """The hooks installed in `model`, None where there are none."""
-    found: Any = getattr(model, ATTRIBUTE, None)
+    found: Any = getattr(unwrapped(model), ATTRIBUTE, None)
     return found

@@ -24,7 +24,7 @@ from coachhook_fast.edits.delta import LowRankDelta
 from coachhook_fast.hooks.gate import carried_gate
 from coachhook_fast.hooks.states import HookState, RowStates, ServedEdits
 from coachhook_fast.hooks.versions import Versions
-from coachhook_fast.models.base_layer import features, load_as_base, plain_weight, save_as_base, serving_placement
+from coachhook_fast.models.base_layer import empty_hook, features, plain_weight, serving_placement, stand_in
 from coachhook_fast.models.tensor_parallel import column_shard
 from coachhook_fast.ops import gated_linear as ops
 from coachhook_fast.ops.reference.gated_linear import accumulator_dtype, decide, sequence_rows
@@ -69,8 +69,11 @@ class GateTrace:
 class HookLinear(nn.Module):
     """A linear layer with gated edits.
 
+    It stands in the place of its base and passes for it: an instance of the base's class as well, with the base's own
+    parameters under the base's names, so that PEFT, accelerate and checkpoints find what they know.
+
     Attributes:
-        base_layer: the wrapped module, untouched.
+        base: the module it stands for, untouched. (It is not called `base_layer`: that marks PEFT's own layers.)
         in_features, out_features: ``d`` and ``m``.
         gate: "calibrated" (``||Delta k|| >= tau``) or "sequence" (the paper's z-score against the token's
             sequence).
@@ -87,6 +90,13 @@ class HookLinear(nn.Module):
     and inputs are its rank's columns of keys.
     """
 
+    base: nn.Module
+    weight: Tensor
+    bias: Tensor | None
+
+    def __new__(cls, base_layer: nn.Module, **_: Any) -> HookLinear:
+        return empty_hook(cls, type(base_layer))  # type: ignore[no-any-return]
+
     def __init__(
         self,
         base_layer: nn.Module,
@@ -100,15 +110,16 @@ class HookLinear(nn.Module):
         Raises ValueError on an unknown gate, a negative index, a probability outside (0, 0.5) or a weight that ranks
         share out otherwise than by columns, TypeError where the sizes cannot be found.
         """
-        super().__init__()
+        nn.Module.__init__(self)  # the base's class has nothing to make: all it would is there
         if gate not in GATES:
             raise ValueError(f"gate must be one of {GATES}, got {gate!r}")
         if index < 0:
             raise ValueError(f"index must not be negative, got {index}")
         if miss_probability is not None and not 0.0 < miss_probability < 0.5:
             raise ValueError(f"miss_probability must lie between 0 and 0.5, or be None, got {miss_probability}")
-        self.base_layer = base_layer
-        self.in_features, self.out_features = features(base_layer)
+        in_features, out_features = features(base_layer)
+        stand_in(self, base_layer, HookLinear)
+        self.in_features, self.out_features = in_features, out_features
         self._shard = column_shard(base_layer)
         self.gate = gate
         self.index = index
@@ -119,9 +130,6 @@ class HookLinear(nn.Module):
         empty = LowRankDelta.zeros(self.out_features, self.in_features, dtype=dtype, device=device)
         self._versions = Versions([ServedEdits(self._make_state(empty, math.inf, None), "gated")])
         self._position = 0
-        # Checkpoints of an edited model are those of its base: the edits are saved as an edit set.
-        self.register_state_dict_post_hook(save_as_base)
-        self.register_load_state_dict_pre_hook(load_as_base)
 
     # ---------------------------------------------------------------- the edit set
 
@@ -180,7 +188,7 @@ class HookLinear(nn.Module):
         if relative and self.gate != "calibrated":
             raise ValueError(f"relative must be False where the gate is {self.gate!r}, got {relative}")
         delta = delta.served()
-        dtype, device = serving_placement(self.base_layer, delta.dtype)
+        dtype, device = serving_placement(self.base, delta.dtype)
         if self._shard is not None:
             delta = LowRankDelta(delta.U, self._shard.own(delta.B).contiguous())
         return self._make_state(delta.to(dtype=dtype, device=device), threshold, moments, relative)
@@ -209,7 +217,7 @@ class HookLinear(nn.Module):
             return self._forward_rows(x, served.rows)
         state = served.state
         if served.mode == "off" or state.is_empty:
-            return self.base_layer(x)
+            return self.base(x)
         if served.mode == "always":
             return self._always(x, state)
         context = self._sequence()
@@ -218,21 +226,21 @@ class HookLinear(nn.Module):
                 norm = self._parts.delta_norm(x.to(state.B.dtype), state.B)
                 fire, _, states = self._decide(norm, state, context)
             context.store(self.index, states)
-            return self._parts.correct(self.base_layer(x), x, state.U, state.B, fire)
+            return self._parts.correct(self.base(x), x, state.U, state.B, fire)
         sequence = self._arguments(context, x)
         edits = (state.U, state.B, state.threshold, state.sketch, self._rule(state), *sequence)
-        weight = plain_weight(self.base_layer)
+        weight = plain_weight(self.base)
         if weight is not None and weight.dtype == state.B.dtype:
-            out, _, after = ops.gated_linear(x, weight, self.base_layer.bias, *edits)  # type: ignore[arg-type]
+            out, _, after = ops.gated_linear(x, weight, self.base.bias, *edits)  # type: ignore[arg-type]
         else:
-            out, _, after = self._parts.gated_delta(self.base_layer(x), x, *edits)
+            out, _, after = self._parts.gated_delta(self.base(x), x, *edits)
         if context is not None and context.states is not None:
             context.store(self.index, after[:, None])
         return out
 
     def _forward_rows(self, x: Tensor, rows: RowStates) -> Tensor:
         """The base once for all of ``x`` ``[S, T, d]``; then each edit set corrects its own rows."""
-        out = self.base_layer(x)
+        out = self.base(x)
         for state, own in rows.groups_in(x):
             edits = (state.U, state.B, state.threshold, state.sketch, self._rule(state), None, None, None)
             corrected, _, _ = self._parts.gated_delta(out[own], x[own], *edits)
@@ -250,7 +258,7 @@ class HookLinear(nn.Module):
 
     def _always(self, x: Tensor, state: HookState) -> Tensor:
         """Delta for every token: the temporary hook."""
-        out = self.base_layer(x)
+        out = self.base(x)
         k = x.to(state.B.dtype)
         c = nn.functional.linear(k, state.B) if self._shard is None else self._shard.coordinates(k, state.B)
         return out + (c if state.U is None else nn.functional.linear(c, state.U.to(c.dtype))).to(out.dtype)
@@ -346,15 +354,6 @@ class HookLinear(nn.Module):
         tau = torch.tensor(threshold, dtype=accumulator_dtype(B.dtype), device=B.device)
         return HookState(U, B, sketch, tau, moments, relative)
 
-    @property
-    def weight(self) -> Tensor:
-        """The base's weight, for code that looks at its dtype or device."""
-        return self.base_layer.weight  # type: ignore[return-value]
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.base_layer.bias  # type: ignore[return-value]
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HookLinear:
         """`.to()`, `.half()`, `.cuda()`: the serving copy follows the base, the threshold stays precise."""
         super()._apply(fn, recurse)
@@ -371,6 +370,14 @@ class HookLinear(nn.Module):
 
         adapters = {name: change(state) for name, state in served.adapters.items()}
         return replace(served, state=change(served.state), adapters=adapters)
+
+    def train(self, mode: bool = True) -> HookLinear:
+        super().train(mode)
+        self.base.train(mode)  # it is no child
+        return self
+
+    def __reduce__(self) -> Any:
+        return empty_hook, (HookLinear, type(self.base)), self.__dict__
 
     def extra_repr(self) -> str:
         return f"gate={self.gate!r}, mode={self.mode!r}, delta={self.delta!r}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import nn
@@ -11,14 +12,18 @@ from coachhook_fast.edits import store
 from coachhook_fast.edits.edit_set import EditSet
 from coachhook_fast.hooks.hooks import DEFAULT, Hooks, checked_layers, hooks_of
 from coachhook_fast.models.architectures import Layout, down_projection_size, layout_of
-from coachhook_fast.models.loading import fingerprint
+from coachhook_fast.models.loading import identified
+from coachhook_fast.models.placement import check_loaded
+from coachhook_fast.models.wrappers import unwrapped
 
 
 def load_edits(model: nn.Module, folder: str | Path, *, name: str = DEFAULT, check: bool = True) -> nn.Module:
     """Installs the edit set of `folder` into `model` and returns it; see `model.coachhook` for its switches.
 
     Args:
-        model: the base model, in the dtype it was edited in, or in fp32 or bf16.
+        model: the base model, in the dtype it was edited in, or in fp32 or bf16. It may stand within torch.compile's,
+            DistributedDataParallel's or PEFT's wrappers, and have adapters: `coachhook` is an attribute of the model
+            inside (`model.module.coachhook` of DDP's).
         folder: of a saved edit set, or the name of a repository on the Hugging Face hub.
         name: other than DEFAULT, the edit set serves only the rows that `model.coachhook.select` gives to that name; it
             may join others, whose layers it must share.
@@ -29,10 +34,14 @@ def load_edits(model: nn.Module, folder: str | Path, *, name: str = DEFAULT, che
             others that this one does not fit; the model is unchanged then.
     """
 
-    def accept(made_for: str, config: EditConfig) -> list[tuple[int, int]]:
+    outer, model = model, unwrapped(model)
+    check_loaded(model)
+
+    def accept(made_for: str, base: Mapping[str, str], config: EditConfig) -> list[tuple[int, int]]:
         """Before a tensor is read: the base model, and the sizes of the layers that the settings name."""
         if check:
-            store.check_base(made_for, fingerprint(model))
+            here = identified(model)
+            store.check_base(made_for, here.fingerprint, base, here.parts)
         layout = _layout(model, config)
         layers = checked_layers(model, layout, config.layers or ())
         return [down_projection_size(layout.down_projection(model, layer)) for layer in layers]
@@ -41,14 +50,14 @@ def load_edits(model: nn.Module, folder: str | Path, *, name: str = DEFAULT, che
     standing = hooks_of(model)
     if standing is not None and (name != DEFAULT or standing.edit_set is None):
         _serve(standing, name, edit_set)
-        return model
+        return outer
     hooks = Hooks(model, _layout(model, edit_set.config), edit_set.layers, edit_set.config.gate)
     try:
         _serve(hooks, name, edit_set)
     except BaseException:
         hooks.unload()
         raise
-    return model
+    return outer
 
 
 def _layout(model: nn.Module, config: EditConfig) -> Layout:

@@ -1,7 +1,8 @@
-"""What a hook layer reads of the module it wraps: sizes, weight, placement; and the names in its checkpoints."""
+"""What a hook layer is of the module it stands in for: its names and tensors, sizes, weight, placement."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -9,20 +10,59 @@ from torch import Tensor, nn
 
 from coachhook_fast.models.placement import computing_device
 
+# What a module's tensors and checkpoints are made of: a hook layer holds the very dictionaries of its base.
+_SHARED = (
+    "_parameters", "_buffers", "_non_persistent_buffers_set", "_modules", "_state_dict_pre_hooks", "_state_dict_hooks",
+    "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks", "training",
+)  # fmt: skip
+_CALLED = ("forward", "_old_forward")  # how the base itself is called: the hook layer calls it
 
-def save_as_base(_: nn.Module, tensors: dict[str, Any], prefix: str, __: Any) -> None:
-    """State dict hook: the base's tensors under the names they have without a hook around it."""
-    inner = f"{prefix}base_layer."
-    for name in [name for name in tensors if name.startswith(inner)]:
-        tensors[prefix + name.removeprefix(inner)] = tensors.pop(name)
+
+@functools.cache
+def standing_in(hook: Any, base: Any) -> Any:
+    """A class of hook layers that are instances of `base` too, as PEFT and quantisers ask; of `hook` alone where the
+    two do not go together."""
+    try:
+        return type(hook.__name__, (hook, base), {"__module__": hook.__module__, "__doc__": hook.__doc__})
+    except TypeError:  # a metaclass of its own, as TorchScript's modules have
+        return hook
 
 
-def load_as_base(module: nn.Module, tensors: dict[str, Any], prefix: str, *_: Any) -> None:
-    """The way back."""
-    base: Any = module.base_layer
-    for name in base.state_dict():
-        if prefix + name in tensors:
-            tensors[f"{prefix}base_layer.{name}"] = tensors.pop(prefix + name)
+def empty_hook(hook: Any, base: Any) -> Any:
+    """A hook layer of class `hook` for a base of that class, to be filled: by its constructor, a pickle or a copy."""
+    return object.__new__(standing_in(hook, base))
+
+
+def stand_in(hook: nn.Module, base: nn.Module, own: type) -> None:
+    """`hook` holds what `base` holds: its tensors, as the same objects under the same names, and its attributes.
+
+    A wrapper that holds the base as a child renames all tensors of it, and what looks for modules or parameters by name
+    (PEFT, accelerate, checkpoints, DDP) finds others than in the base model. The base is no child here: whoever
+    replaces a parameter of the hook layer replaces it in the base, for their dictionaries are one.
+
+    own: the class of hook layers, whose attributes are not the base's.
+    """
+    for name, value in base.__dict__.items():
+        is_own = name in hook.__dict__ or hasattr(own, name)
+        if name in _SHARED or not (is_own or name in _CALLED):
+            hook.__dict__[name] = value
+    hook.__dict__["base"] = base
+
+
+def given_back(hook: nn.Module) -> nn.Module:
+    """The base of a hook layer that leaves, with the hook that accelerate has put on the hook layer since."""
+    base = base_of(hook)
+    if "_old_forward" in hook.__dict__:
+        from accelerate.hooks import add_hook_to_module
+
+        add_hook_to_module(base, hook._hf_hook)  # type: ignore[arg-type]
+    return base
+
+
+def base_of(module: nn.Module) -> nn.Module:
+    """The module that a hook layer stands in for; any other module itself."""
+    base = module.__dict__.get("base")  # modules that are children are kept elsewhere
+    return base if isinstance(base, nn.Module) else module
 
 
 def _is_conv1d(base: nn.Module) -> bool:

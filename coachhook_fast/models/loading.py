@@ -16,8 +16,10 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from coachhook_fast.models.identity import BaseModel, Parts
 from coachhook_fast.models.placement import held_parameter, stands_twice
 from coachhook_fast.models.tensor_parallel import gathered
+from coachhook_fast.models.wrappers import base_parameters, unwrapped
 
 SMOLLM2 = "smollm2"
 _SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -79,15 +81,24 @@ def cache_dir() -> Path:
 def fingerprint(model: nn.Module) -> str:
     """Hash that tells base models apart, 16 hex digits; the same for a model's fp32 and bf16 copies.
 
-    Evenly spaced values of every parameter, rounded to bf16, with names and shapes. Installed hooks do not count.
+    Evenly spaced values of every parameter, rounded to bf16, with names and shapes. Installed hooks, wrappers of
+    torch.compile, DDP and PEFT, and PEFT's adapters do not count, unless they are merged.
     """
+    return identified(model).fingerprint
+
+
+def identified(model: nn.Module) -> BaseModel:
+    """The base model inside `model`, as an edit set remembers it."""
+    model = unwrapped(model)
     model_type = str(getattr(getattr(model, "config", None), "model_type", ""))
     named = {
-        name.replace(".base_layer", ""): (name, tensor.detach())
-        for name, tensor in model.named_parameters()
+        own: (name, tensor.detach())
+        for own, name, tensor in base_parameters(model)
         if not stands_twice(model, name, tensor)
     }
-    return _digest(model_type, sorted(named), lambda name: gathered(held_parameter(model, *named[name])))
+    parts = Parts()
+    found = _digest(model_type, sorted(named), lambda name: gathered(held_parameter(model, *named[name])), parts)
+    return BaseModel(found, parts.described())
 
 
 def checkpoint_fingerprint(name: str, config: Any) -> str | None:
@@ -148,15 +159,26 @@ def _checkpoint_folder(name: str) -> Path:
     return Path(found).parent if isinstance(found, str) else Path(name)
 
 
-def _digest(model_type: str, names: Sequence[str], tensor: Callable[[str], torch.Tensor]) -> str:
+def _digest(
+    model_type: str, names: Sequence[str], tensor: Callable[[str], torch.Tensor], parts: Parts | None = None
+) -> str:
     digest = hashlib.sha256(model_type.encode())
     for name in names:
         values = tensor(name)
         digest.update(f"{name}{tuple(values.shape)}".encode())
-        flat = values.reshape(-1)
+        flat = _held(values).reshape(-1)
         step = max(1, flat.numel() // _SAMPLES)
-        digest.update(flat[::step][:_SAMPLES].to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
+        sample = flat[::step][:_SAMPLES].to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes()
+        digest.update(sample)
+        if parts is not None:
+            parts.add(name, tuple(values.shape), sample)
     return digest.hexdigest()[:16]
+
+
+def _held(values: torch.Tensor) -> torch.Tensor:
+    """The numbers that a tensor stands for: quantised ones (torchao's) are tensors that few operations know."""
+    is_plain = type(values) in (torch.Tensor, torch.nn.Parameter)
+    return values.dequantize() if not is_plain and type(values).dequantize is not torch.Tensor.dequantize else values
 
 
 def context_length(model: nn.Module) -> int | None:
@@ -171,12 +193,30 @@ def context_length(model: nn.Module) -> int | None:
 
 
 def _load_folder(name: str | Path, dtype: torch.dtype | None, **options: Any) -> tuple[nn.Module, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     with _loading(name):
+        model_class = _model_class(name)
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto", **options)
+        model = model_class.from_pretrained(name, dtype=dtype or "auto", **options)
     return model, tokenizer
+
+
+def _model_class(name: str | Path) -> Any:
+    """The loader that takes the checkpoint: of causal language models, or of those that see and write text."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    config = AutoConfig.from_pretrained(name)
+    loaders = (AutoModelForCausalLM, AutoModelForImageTextToText)
+    if getattr(config, "auto_map", None):  # code of its own
+        return AutoModelForCausalLM
+    for loader in loaders:
+        if type(config) in loader._model_mapping:
+            return loader
+    raise ValueError(
+        f"transformers has a {config.model_type!r} neither among causal language models nor among those that read "
+        "images and text: load it by its own class, and give Editor its model and tokenizer"
+    )
 
 
 def _load_gguf(path: Path, dtype: torch.dtype | None, **options: Any) -> tuple[nn.Module, Any]:

@@ -42,6 +42,17 @@ def held_parameter(model: nn.Module, name: str, parameter: Tensor) -> Tensor:
     return parameter
 
 
+def check_loaded(model: nn.Module) -> None:
+    """ValueError where a parameter is on the meta device and nothing knows its values: a model of shapes alone."""
+    for name, parameter in model.named_parameters():
+        if parameter.device == _META:
+            owner = model.get_submodule(name.rpartition(".")[0])
+            if not any(hook.weights_map is not None for hook in _hooks(owner)):
+                raise ValueError(
+                    f"the model's parameter {name} is on the meta device, which holds no values: load the weights first"
+                )
+
+
 def stands_twice(model: nn.Module, name: str, parameter: Tensor) -> bool:
     """Whether it is the stand-in of a tied parameter, which the model lists under its other name too: two stand-ins do
     not show that they are one."""

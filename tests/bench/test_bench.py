@@ -81,7 +81,7 @@ def test_a_wrong_answer_is_seen(wrong: str) -> None:
     if wrong == "one entry":
         out[5, 7] += 1.0
     else:
-        out = hook.base_layer(x) if wrong == "nothing corrected" else hook._always(x, hook.served.state)
+        out = hook.base(x) if wrong == "nothing corrected" else hook._always(x, hook.served.state)
     assert not gated_problem.checked(hook, x, case.gated, out)
 
 

@@ -59,6 +59,7 @@ _WRONG: dict[tuple[Any, ...], list[Any]] = {
                           "weights-0123456789ABCDEF.safetensors", "weights-" + "0" * 5000 + ".safetensors"],
     ("weights", "sha256"): [None, 1, "", "0" * 63, "0" * 64, "g" * 64, "\x1b" * 64],
     ("statistics",): [None, 1, [], "/etc/passwd", "../x", "a b", "x" * 65, "\x1b[2J", "é"],
+    ("base",): [None, 1, [], "x", {"a": 1}, {"a": None}],
     ("batches",): [None, 1, "x", {"a": 1}, [1], [None], [[]], [{}]],
     (*_BATCH, "id"): [None, 1, "", [], {}, "other", "\x1b"],
     (*_BATCH, "parent"): ["x", 1, [], {}, "batch0001", ""],
@@ -99,7 +100,7 @@ _WRONG: dict[tuple[Any, ...], list[Any]] = {
     (*_CONFIG, "gate"): ["", "none", 1, None],
     (*_CONFIG, "threshold_rule"): ["", "none", 1, None],
 }  # fmt: skip
-_MAY_LACK = {"statistics", "case_id", "ground_truth", "in_context_only"}
+_MAY_LACK = {"statistics", "base", "case_id", "ground_truth", "in_context_only"}
 _MAY_LACK |= {"paraphrases", "keep", "said", "answer", "said_paraphrases"}  # not in sets of earlier versions
 _MAY_LACK |= {"columns", "request_alphas", "removed"}
 

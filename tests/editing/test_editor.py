@@ -61,6 +61,7 @@ def test_tied_embeddings_stay_tied() -> None:
 def test_unknown_architectures_name_their_modules() -> None:
     model = tiny_model("llama")
     model.config.model_type = "novel"
+    model.model.layers[2].mlp.second = torch.nn.Linear(45, 24)  # or its structure would show them
     with pytest.raises(ValueError, match=r"architecture 'novel' is not known .* layer_module_tmp='model.layers.\{\}'"):
         Editor(model, tiny_tokenizer(), CONFIG)
     templates = {"layer_module_tmp": "model.layers.{}", "rewrite_module_tmp": "model.layers.{}.mlp.down_proj"}

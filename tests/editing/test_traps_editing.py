@@ -140,11 +140,11 @@ class TestTrap08MovingAndRounding:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
     def test_forward_changes_no_parameter_and_no_state(self, dtype: torch.dtype) -> None:
         hook = hook_layer("calibrated", 0.5, dtype=dtype)
-        weight, pointer = hook.base_layer.weight.detach().clone(), hook.base_layer.weight.data_ptr()
+        weight, pointer = hook.base.weight.detach().clone(), hook.base.weight.data_ptr()
         served = hook.delta
         hook(torch.randn(3, 13, dtype=dtype))
-        assert torch.equal(hook.base_layer.weight, weight)
-        assert hook.base_layer.weight.data_ptr() == pointer
+        assert torch.equal(hook.base.weight, weight)
+        assert hook.base.weight.data_ptr() == pointer
         assert hook.delta.B.data_ptr() == served.B.data_ptr()
         assert hook.delta.dtype == dtype
 

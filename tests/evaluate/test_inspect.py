@@ -37,7 +37,7 @@ def watched(model: Any, handle: Hooks, ids: list[int]) -> list[tuple[torch.Tenso
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def keep(hook: Any, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        seen.append((args[0][0], (output - hook.base_layer(args[0]))[0]))
+        seen.append((args[0][0], (output - hook.base(args[0]))[0]))
 
     handles = [hook.register_forward_hook(keep) for hook in handle.hooks]
     with torch.no_grad():

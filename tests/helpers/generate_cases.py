@@ -30,17 +30,17 @@ class PlainHook(nn.Module):
 
     def __init__(self, hook: HookLinear) -> None:
         super().__init__()
-        self.base_layer = hook.base_layer
+        self.base = hook.base
         self.delta = hook.get_delta_weight()
         self.gate, self.threshold, self.relative = hook.gate, hook.threshold, hook.served.state.relative
         self.prompt_length: int | None = None  # None: judge all tokens together
 
     @property
     def weight(self) -> Tensor:
-        return self.base_layer.weight
+        return self.base.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.base_layer(x)
+        out = self.base(x)
         edit = x @ self.delta.T
         norm = edit.norm(dim=-1)
         if self.gate == "calibrated":

@@ -31,7 +31,7 @@ def hook_and_twin(tokens: int, dtype: torch.dtype, *, relative: bool = False) ->
     gap = int((values[at:] - values[at - 1 : -1]).argmax()) + at  # rounding moves no decision
     threshold = float(values[gap] + values[gap - 1]) / 2
     ours, twin = HookLinear(base.to("cuda", dtype)), HookLinear(nn.Linear(D, M).double())
-    twin.base_layer.load_state_dict({name: value.double().cpu() for name, value in base.state_dict().items()})
+    twin.base.load_state_dict({name: value.double().cpu() for name, value in base.state_dict().items()})
     ours.set_delta(delta.to(dtype=dtype, device="cuda"), threshold, relative=relative)
     twin.set_delta(delta, threshold, relative=relative)
     return ours, twin, x
@@ -43,7 +43,7 @@ def hook_and_twin(tokens: int, dtype: torch.dtype, *, relative: bool = False) ->
 def test_a_hook_gives_the_same_as_on_the_cpu(dtype: torch.dtype, tokens: int, relative: bool) -> None:
     ours, twin, x = hook_and_twin(tokens, dtype, relative=relative)
     with torch.inference_mode():
-        found, expected, plain = ours(x.cuda()).cpu().double(), twin(x.double()), twin.base_layer(x.double())
+        found, expected, plain = ours(x.cuda()).cpu().double(), twin(x.double()), twin.base(x.double())
     changed = (expected - plain).norm(dim=1) > 0
     assert changed.any()
     error = (found - expected).abs().max() / expected.abs().max()

@@ -85,12 +85,12 @@ def test_the_base_weight_is_shared_and_untouched() -> None:
     hook = HookLinear(base)
     hook.set_delta(delta(), 0.0)
     hook(inputs(4, 4))
-    assert hook.base_layer is base
+    assert hook.base is base
     assert base.weight.data_ptr() == pointer
     assert base.weight._version == version
     assert torch.equal(base.weight, before)
     assert set(hook.state_dict()) == {"weight", "bias"}  # a checkpoint of an edited model is its base's
-    assert [name for name, _ in hook.named_parameters()] == ["base_layer.weight", "base_layer.bias"]
+    assert [name for name, _ in hook.named_parameters()] == ["weight", "bias"]
     assert hook.weight is base.weight
     assert hook.bias is base.bias
 
@@ -99,7 +99,7 @@ def test_always_adds_it_everywhere() -> None:
     hook, x = HookLinear(nn.Linear(D, M)), inputs(3, 5)
     hook.set_delta(delta(), 1e9)
     hook.mode = "always"
-    torch.testing.assert_close(hook(x), hook.base_layer(x) + x @ hook.get_delta_weight().T)
+    torch.testing.assert_close(hook(x), hook.base(x) + x @ hook.get_delta_weight().T)
 
 
 def test_hooks_of_the_user_still_fire_on_the_base() -> None:
@@ -122,14 +122,14 @@ def test_sequence_gate_reads_the_context() -> None:
     context.mask[1, :4] = False
     hook.context = context
     trace = hook.trace(x)
-    alone = HookLinear(hook.base_layer, gate="sequence")
+    alone = HookLinear(hook.base, gate="sequence")
     alone.set_delta(edits, 1.0)
     torch.testing.assert_close(alone.trace(x[1:, 4:]).z, trace.z[1:, 4:])
     assert bool(trace.z[1, :4].isnan().all())
     assert not bool(trace.fire[1, :4].any())
     fire, _, _ = reference.sequence_gate(trace.norm, torch.tensor(1.0), context.mask)
     assert torch.equal(trace.fire, fire)
-    changed = (hook(x) - hook.base_layer(x)).abs().amax(-1) > 0
+    changed = (hook(x) - hook.base(x)).abs().amax(-1) > 0
     assert torch.equal(changed, fire)
     context.mask = torch.ones(2, 8, dtype=torch.bool)
     with pytest.raises(ValueError, match=r"context\.mask"):
@@ -180,7 +180,7 @@ def test_gradients_pass_a_relative_gate() -> None:
     assert int(fire.sum()) == 6
     grad = torch.randn(2, 6, M)
     hook(x).backward(grad)
-    expected = grad @ hook.base_layer.weight + (grad @ edits.dense()) * fire[..., None]
+    expected = grad @ hook.base.weight + (grad @ edits.dense()) * fire[..., None]
     torch.testing.assert_close(x.grad, expected)
 
 
@@ -234,9 +234,9 @@ def test_gradients_flow_through_base_and_delta() -> None:
     fire = hook.trace(x).fire
     grad = torch.randn(2, 6, M)
     hook(x).backward(grad)
-    expected = grad @ hook.base_layer.weight + (grad @ edits.dense()) * fire[..., None]
+    expected = grad @ hook.base.weight + (grad @ edits.dense()) * fire[..., None]
     torch.testing.assert_close(x.grad, expected)
-    weight_grad = hook.base_layer.weight.grad
+    weight_grad = hook.base.weight.grad
     torch.testing.assert_close(weight_grad, grad.reshape(-1, M).T @ x.detach().reshape(-1, D))
 
 

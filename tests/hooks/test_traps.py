@@ -41,7 +41,7 @@ class TestTrap01OneTokenInTheForwardPass:
     def test_calibrated_fires_on_a_single_token(self) -> None:
         hook = hook_layer("calibrated", 1.0)
         x = key_of_norm(hook, 1.5)[None]
-        base, edited = hook.base_layer(x), hook.base_layer(x) + x @ hook.get_delta_weight().T
+        base, edited = hook.base(x), hook.base(x) + x @ hook.get_delta_weight().T
         assert not published_hook(base, edited, -1e9)[3].any()  # the published code, at any threshold
         torch.testing.assert_close(hook(x), edited)
         assert not torch.allclose(base, edited)
@@ -55,7 +55,7 @@ class TestTrap01OneTokenInTheForwardPass:
         trace = hook.trace(x[:, 4:])
         assert trace.z.item() == pytest.approx(z_scores(hook.trace(x).norm[0])[4].item(), rel=1e-10)
         out = hook(x[:, 4:])
-        torch.testing.assert_close(out, hook.base_layer(x[:, 4:]) + x[:, 4:] @ hook.get_delta_weight().T)
+        torch.testing.assert_close(out, hook.base(x[:, 4:]) + x[:, 4:] @ hook.get_delta_weight().T)
 
     @pytest.mark.parametrize("family", ["llama", "gpt2", "mistral"])
     def test_calibrated_generation_with_the_cache_is_generation_without_it(self, family: str) -> None:
@@ -235,7 +235,7 @@ class TestTrap04LaterTokens:
         hook.context = context = SequenceContext()
         torch.manual_seed(0)
         x = torch.randn(1, 17, 13, dtype=torch.float64)
-        base = hook.base_layer(x[0])
+        base = hook.base(x[0])
         expected, norms, z, fire = published_hook(base, base + x[0] @ hook.get_delta_weight().T, 0.7)
         torch.testing.assert_close(hook(x)[0], expected)
         assert 0 < int(fire.sum()) < 17
@@ -306,4 +306,4 @@ class TestTrap07HostSync:
         with torch.no_grad(), SyncWatch() as watch:
             out = hook(x)
         assert watch.found == []
-        assert not torch.allclose(out, hook.base_layer(x))
+        assert not torch.allclose(out, hook.base(x))

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from coachhook_fast.models.passes.forward import PartialModel, align_rows
-from coachhook_fast.request import SLOT, EditRequest, filled, slotted, subject_key
+from coachhook_fast.request import SLOT, EditRequest, filled, prompt_ids, slotted, subject_key
 
 # Subjects that no relation speaks for: a name and a place.
 _SUBJECTS = ("Alex Miller", "Northfield")
@@ -178,7 +178,7 @@ class Wordings:
         rows = []
         for template in templates:
             for subject in _SUBJECTS:
-                rows.append(list(self._tokenizer(filled(template, subject))["input_ids"]))
+                rows.append(prompt_ids(self._tokenizer, filled(template, subject)))
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         found: list[Tensor] = [torch.empty(0)] * len(rows)
         for start in range(0, len(order), _ROWS):

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from coachhook_fast.models.architectures import Layout
+from coachhook_fast.models.base_layer import base_of
 from coachhook_fast.models.passes.block_masks import BlockMasks, given_masks, taken_masks
 from coachhook_fast.models.passes.products import fast_linears, replaced_forward
 from coachhook_fast.models.placement import input_device
@@ -96,6 +97,8 @@ class PartialModel:
         self.model = model
         self.layout = layout
         self.blocks = layout.blocks(model)
+        self.gain = layout.gain(model)  # what a block takes its FFN's output by; the editor asks where it is not known
+        self.gradients_are_true = False  # until the editor has looked
         # Most families' blocks answer the hidden state, some a tuple with it: seen whenever an output is kept, and
         # every output to resume from was kept before.
         self._answers_tuple = False
@@ -132,7 +135,7 @@ class PartialModel:
         with fast_linears(self.model), ExitStack() as stack:
             if resume is not None:
                 stack.enter_context(self._resumed(*resume))
-            if places is not None:
+            if places is not None and self.layout.ffn_tmp is not None:
                 bare = [i for i in range(len(self.blocks)) if i not in keys and not self._is_wrapped(i)]
                 stack.enter_context(self.ffns_at(places, bare))
             if masks is not None:
@@ -154,6 +157,9 @@ class PartialModel:
                 result = self.model(**inputs, **{"use_cache": False, **options})
             except _Stop:
                 result = None
+        rows = inputs["input_ids"].shape[0]
+        for kept in (recorded.keys, recorded.norm_inputs):  # some families' FFNs see all rows' tokens in one list
+            kept |= {index: tensor.unflatten(0, (rows, -1)) for index, tensor in kept.items() if tensor.dim() == 2}
         return result, recorded
 
     def masks(self, inputs: dict[str, Tensor], hidden: Tensor, **options: Any) -> BlockMasks | None:
@@ -197,7 +203,8 @@ class PartialModel:
             yield
 
     def _is_wrapped(self, index: int) -> bool:
-        return hasattr(self.layout.down_projection(self.model, index), "base_layer")
+        down = self.layout.down_projection(self.model, index)
+        return base_of(down) is not down or hasattr(down, "base_layer")
 
     def _keep_output(self, index: int, recorded: Activations) -> Any:
         def keep(_: nn.Module, args: Any, output: Any) -> None:
@@ -224,7 +231,7 @@ def _keep_input(module: nn.Module, index: int, kept: dict[int, Tensor]) -> Any:
 
 
 def _keep_keys(down: nn.Module, index: int, kept: dict[int, Tensor]) -> Any:
-    shard = column_shard(getattr(down, "base_layer", down))
+    shard = column_shard(base_of(down))
 
     def keep(_: nn.Module, args: tuple[Tensor, ...]) -> None:
         kept[index] = args[0] if shard is None else shard.whole(args[0])

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from coachhook_fast.models.base_layer import linear_weight
+from coachhook_fast.models.base_layer import base_of, linear_weight
 
 # Below so many rows a product is bound by the bytes of the weight, which MKL reads as fast.
 _ENOUGH_ROWS = 16
@@ -39,7 +39,7 @@ def linear(
 def fast_linears(model: nn.Module) -> Iterator[None]:
     """Within it the plain linear layers of `model` compute by `linear`, with whatever hooks they carry."""
     with ExitStack() as stack:
-        for module in model.modules():
+        for module in map(base_of, model.modules()):
             weight = linear_weight(module)
             if weight is not None and weight.dtype == torch.float32 and weight.device.type == "cpu":
                 stack.enter_context(replaced_forward(module, _forward_of(module)))

@@ -14,6 +14,7 @@ from coachhook_fast.models.passes.block_masks import BlockMasks
 from coachhook_fast.models.passes.forward import PartialModel, TokenBatch
 from coachhook_fast.models.passes.packed_rows import PackedRows, packed_modules
 from coachhook_fast.models.passes.padded_rows import PaddedRows
+from coachhook_fast.models.passes.whole_rows import WholeRows, is_recurrent
 
 
 class StepRows(Protocol):
@@ -32,11 +33,13 @@ class StepRows(Protocol):
 
 
 def step_rows(partial: PartialModel, last: int, tokens: TokenBatch, whole_rows: bool) -> StepRows:
-    """The rows `tokens` above block `last`: packed where that is possible, else padded.
+    """The rows `tokens` above block `last`: packed where that is possible, else padded; whole in recurrent models.
 
     Args:
         whole_rows: the `sequence` gate is at work, which reads the model's own mask.
     """
+    if is_recurrent(partial):
+        return WholeRows.of(partial, last, tokens)
     padded = PaddedRows.of(partial, last, tokens, whole_rows)
     modules = packed_modules(partial, last, whole_rows)
     return padded if modules is None or padded.masks is None else PackedRows.of(padded, modules)
