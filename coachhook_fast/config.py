@@ -42,8 +42,8 @@ _EASYEDIT_ONLY = {
 
 _EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 
-# The published settings (arXiv 2403.05330), with the layers of `default_layers`. λ suits keys of width 6 400 on: a small
-# model takes an edit in with a smaller one only.
+# The published settings (arXiv 2403.05330), with the layers of `default_layers`. λ suits keys of width 6 400 on: a
+# small model takes an edit in with a smaller one only.
 PAPER: dict[str, Any] = {
     "gate": "sequence",
     "alpha": 2.2,

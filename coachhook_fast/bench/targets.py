@@ -32,7 +32,9 @@ def run(model: str | None = None, count: int = 20, sample: int = 4) -> list[Row]
         return gpu_targets.run()
     model = model or "smollm2"
     loaded, tokenizer = load_model(model, dtype=torch.float32)
-    editor = Editor(loaded, tokenizer, EditConfig(**{**PAPER, **_OF_THE_MODEL}))  # six rows a request and 25 steps, as published
+    editor = Editor(
+        loaded, tokenizer, EditConfig(**{**PAPER, **_OF_THE_MODEL})
+    )  # six rows a request and 25 steps, as published
     editor.collect_statistics(corpus(), progress=False)
     wanted, source = requests(count)
     batch = tokenise_batch(wanted, tokenizer, editor.edit_set.contexts, None)

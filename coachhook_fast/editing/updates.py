@@ -145,7 +145,7 @@ def update_layers(
 
 
 def _in_full(R: Tensor, K: Tensor, X: Tensor) -> Tensor:
-    """R (Kᵀ X)⁻¹: with these residuals Δ gives the edit keys R itself, where the ridge of C leaves them s / (1 + s) of it.
+    """R (Kᵀ X)⁻¹: with these residuals Δ gives the edit keys all of R, of which the ridge of C leaves them s / (1 + s).
 
     A direction of which less than one in `_LARGEST_GAIN` would go in is scaled by that at most.
     """

@@ -224,7 +224,7 @@ def test_a_specific_edit_goes_in_and_says_what_is_said() -> None:
 
 
 def test_a_specific_edit_goes_in_whole() -> None:
-    """Δk of a request's own key is all of what its layer lacked, however little room C leaves; by default a share is."""
+    """Δk of a request's own key is all of what its layer lacked, however little room C leaves; Adam's is a share."""
     left = {}
     for settings in ({}, SPECIFIC):
         config = CONFIG.replace(**settings, v_num_grad_steps=2, mom2_update_weight=5.0, layers=(2,), keep_factor=0.5)
