@@ -35,7 +35,7 @@ _ROUNDINGS = 64
 _LARGEST_NOISE = 0.01
 
 
-# How much longer than asked for a residual is made, at most, so that it goes in whole.
+# How much longer than asked for an update is made, at most, so that it goes in whole.
 _LARGEST_GAIN = 3.0
 
 _NO_REQUESTS = Assignment((), -1, ())
@@ -126,7 +126,7 @@ def update_layers(
             R = through_norm(norm, readings.before_norm[:, own], R)
         R = R / partial.gain
         if config.specific:
-            R = _in_full(R, mine, X)
+            X = _in_full(mine, X)
         tell("update", layer, K=K, R=R, X=X, s=s, N=N)
         update = LayerUpdate(K, R.to(old.dtype), X.to(old.dtype), requests=tuple(order))
         delta = old.append(update.residuals, update.directions)
@@ -144,14 +144,16 @@ def update_layers(
     return BatchUpdate(edits, tuple(updates), torch.stack(leverages))
 
 
-def _in_full(R: Tensor, K: Tensor, X: Tensor) -> Tensor:
-    """R (Kᵀ X)⁻¹: with these residuals Δ gives the edit keys all of R, of which the ridge of C leaves them s / (1 + s).
+def _in_full(K: Tensor, X: Tensor) -> Tensor:
+    """X (Kᵀ X)⁻¹: with these directions Δ gives the edit keys R itself, where the ridge of C leaves them s / (1 + s) of
+    it. A direction of which less than one in `_LARGEST_GAIN` would go in is scaled by that at most.
 
-    A direction of which less than one in `_LARGEST_GAIN` would go in is scaled by that at most.
+    The inverse is taken into X, which mixes the batch's keys anyway, and not into R: each request keeps its own
+    residual, so that nothing of it is left in the others' when it is removed.
     """
     values, vectors = torch.linalg.eigh(((K.T @ X.to(K)) + (X.to(K).T @ K)) / 2)
     gains = values.clamp(min=1 / _LARGEST_GAIN).reciprocal()
-    return R @ ((vectors * gains) @ vectors.T).to(R)
+    return X @ ((vectors * gains) @ vectors.T).to(X)
 
 
 def lower_alphas(

@@ -328,6 +328,21 @@ def test_a_fact_removed_and_editing_that_goes_on_equal_the_definition(
         )
 
 
+def test_nothing_of_a_removed_residual_is_left_in_the_others() -> None:
+    """Where edits are made to go in whole: the keys are mixed for that, and every residual stays its own request's."""
+    specific = CONFIG.replace(layers=(2,), specific=True, keep_factor=0.0, v_lr=None)
+    editor = make(config=specific, dtype=torch.float64)
+    seen: dict[str, Any] = {}
+    batch = edit(editor, others(3), observer=lambda event, layer, **found: seen.update({event: found}))
+    K, R, X = (seen["update"][part] for part in ("K", "R", "X"))
+    torch.testing.assert_close(K.T @ X, torch.eye(3, dtype=torch.float64), rtol=1e-6, atol=1e-6)  # all goes in
+    torch.testing.assert_close(batch.layers[0].residuals, R)
+    editor.remove(batch.id, 1)
+    left = editor.edit_set.deltas[0].dense()
+    theirs = R[:, [0, 2]]
+    torch.testing.assert_close(theirs @ torch.linalg.lstsq(theirs, left).solution, left, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_only_request_of_a_batch_is_its_rollback_to_the_bit(name: str) -> None:
     one, other = (make(config=CONFIGS[name]) for _ in range(2))
