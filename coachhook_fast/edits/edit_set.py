@@ -93,8 +93,9 @@ class Batch:
     """A ledger line: one committed batch.
 
     Attributes:
-        layers: what it did to each edited layer; thresholds: each layer's threshold after it, () where an earlier batch
-            has been rolled back since.
+        outcomes: of its requests, less those that were removed since (`EditSet.numbers` tells which are left).
+        layers: what it did to each edited layer; thresholds: each layer's threshold after it, () where something in it
+            or before it has been taken out since.
     """
 
     id: str
