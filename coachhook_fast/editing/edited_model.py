@@ -185,7 +185,6 @@ class EditedModel:
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
-        modes = self._handle.modes
         try:
             yield
         finally:
@@ -193,7 +192,7 @@ class EditedModel:
             with deferred():
                 self._handle.forget_pass()
                 self._handle.publish(self.edit_set)
-                self._handle.set_modes(modes)
+                self._handle.force_modes(None)
 
     # ---------------------------------------------------------------- what it says
 
@@ -211,7 +210,7 @@ class EditedModel:
         self._handle.check_editable()
         limits = {"pad_id": self._pad_id, "max_tokens": self.config.pass_tokens}
         with self._all_or_nothing(), frozen(self.model):
-            self._handle.enable()
+            self._handle.force_modes(["gated"] * len(self.hooks))  # whoever has switched the edits off
             return check_facts(self.partial, self.tokenizer, self.edit_set, **limits)
 
     # ---------------------------------------------------------------- undo, save, switches

@@ -109,12 +109,13 @@ class Editor(EditedModel):
             pad_id, limit = self._pad_id, self.config.pass_tokens
             start, memories = self._without(replaced)
             assignments = assign(start, tokens)
-            self._handle.disable()
+            self._handle.force_modes(["off"] * len(self.hooks))
             asked = tokens  # as users ask, at sinks too
             tokens = away_from_sinks(
                 self.partial, max(part.last for part in assignments), tokens, pad_id=pad_id, max_tokens=limit
             )
-            self._handle.enable()  # a new edit goes on top of all earlier ones, whoever has switched them off
+            # A new edit goes on top of all earlier ones, whoever has switched them off.
+            self._handle.force_modes(["gated"] * len(self.hooks))
             v0 = self._bare_outputs(tokens, assignments)
             check_gradients(self.partial, max(self.layers), tokens[0].bare, pad_id=pad_id)
             cache = TargetCache(start, tokens)

@@ -97,7 +97,7 @@ def update_layers(
         own = list(assignment.requests)
         order = own + [index for index in range(len(batch)) if index not in assignment.requests]
         # Temporary hooks on the layers not yet updated, validated ones on those that are.
-        hooks.set_modes(["always" if p in assignment.positions and p >= position else "gated" for p in range(count)])
+        hooks.force_modes(["always" if p in assignment.positions and p >= position else "gated" for p in range(count)])
         readings = collector.read(position, last=assignment.last if own else None)
         weights = torch.ones(len(batch), dtype=torch.float64, device=partial.device)
         weights[len(own) :] = config.other_layers_weight
@@ -140,7 +140,7 @@ def update_layers(
         edits = edits.with_layer(position, delta, standing if whole else threshold(position, delta, mine))
         hooks.publish(edits)
         updates.append(update)
-    hooks.enable()
+    hooks.force_modes(["gated"] * count)
     return BatchUpdate(edits, tuple(updates), torch.stack(leverages))
 
 

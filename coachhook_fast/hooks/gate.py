@@ -113,11 +113,9 @@ class ThreadContexts:
 
     def __init__(self) -> None:
         self._threads = _ThreadContext()
-        # torch.compile loses what is written to a thread-local object; within a graph there is one pass anyway.
-        self._traced = SequenceContext()
 
     def here(self) -> SequenceContext:
-        return self._traced if torch.compiler.is_compiling() else self._threads.context
+        return self._threads.context
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ThreadContexts:
         return ThreadContexts()

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import copy
-import inspect
+import sys
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
 
 from coachhook_fast.edits.edit_set import EditSet
+from coachhook_fast.hooks.compiled import eagerly, eagerly_alone
 from coachhook_fast.hooks.layer import HookLinear, check_mode
-from coachhook_fast.hooks.states import HookState, RowStates
+from coachhook_fast.hooks.states import HookState, RowStates, Switch
 from coachhook_fast.hooks.transformers_cache import SequenceTracker, wrap_method
 from coachhook_fast.hooks.versions import Versions
+from coachhook_fast.interrupts import deferred
 from coachhook_fast.models.architectures import Layout, down_projection_size
 from coachhook_fast.models.base_layer import given_back
 from coachhook_fast.models.placement import check_loaded
@@ -36,7 +40,8 @@ class Hooks:
     weights are never written, so `disabled()` and `unload()` give the base model bit for bit.
 
     Edit sets may be published and switched on and off while other threads run the model: every forward pass of the
-    model works with one whole version from its beginning to its end.
+    model works with one whole version from its beginning to its end, compiled or not. Operators in several threads take
+    turns, and none undoes what another asked.
     """
 
     def __init__(self, model: nn.Module, layout: Layout, layers: Sequence[int], gate: str) -> None:
@@ -66,9 +71,6 @@ class Hooks:
             self._place(layer, hook)
         wrappers = {_SAVING: _warn_of_edits} | ({_BATCHING: _refuse_selections} if gate == "calibrated" else {})
         self._wrapped = [name for name, function in wrappers.items() if wrap_method(model, name, function)]
-        self.edit_set: EditSet | None = None
-        self._disabled = 0  # `disabled()` blocks under way, of all threads
-        self._modes_before: list[str] = []
         setattr(model, ATTRIBUTE, self)
 
     def publish(self, edit_set: EditSet) -> None:
@@ -77,9 +79,15 @@ class Hooks:
         Raises:
             ValueError: another gate, other layers or shapes than the hooks'; what was served before is served still.
         """
-        states = self._states(edit_set)
-        self._versions.change(lambda position, entry: replace(entry, state=states[position]))
-        self.edit_set = edit_set
+        with self._versions.turn():
+            states = self._states(edit_set)
+            self._versions.change(lambda position, entry: replace(entry, state=states[position], edit_set=edit_set))
+
+    @property
+    def edit_set(self) -> EditSet | None:
+        """What `publish` made the one that is served; None before, and where a hook was given a delta of its own."""
+        first, *others = (entry.edit_set for entry in self._versions.published())
+        return first if all(other is first for other in others) else None
 
     def _states(self, edit_set: EditSet) -> list[HookState]:
         """What each hook would serve; ValueError where `edit_set` does not fit, TypeError where it is none."""
@@ -121,19 +129,21 @@ class Hooks:
             raise ValueError(f"name must be a name other than {DEFAULT!r}, got {name!r}")
         self.check_installed()
         self._check_calibrated()
-        states = self._states(edit_set)
-        self._versions.change(
-            lambda position, entry: replace(entry, adapters={**entry.adapters, name: states[position]})
-        )
+        with self._versions.turn():
+            states = self._states(edit_set)
+            self._versions.change(
+                lambda position, entry: replace(entry, adapters={**entry.adapters, name: states[position]})
+            )
 
     def remove_edits(self, name: str) -> None:
         """Lets the edit set `name` go; blocks that have selected it go on with it. ValueError where there is none."""
-        _check_name(name, self.adapters)
-        self._versions.change(
-            lambda _, entry: replace(
-                entry, adapters={key: state for key, state in entry.adapters.items() if key != name}
+        with self._versions.turn():
+            _check_name(name, self.adapters)
+            self._versions.change(
+                lambda _, entry: replace(
+                    entry, adapters={key: state for key, state in entry.adapters.items() if key != name}
+                )
             )
-        )
 
     @contextmanager
     def select(self, rows: Sequence[str | None]) -> Iterator[None]:
@@ -183,11 +193,12 @@ class Hooks:
             raise ValueError(
                 f"rank must be at least 0 and under {m * d // (m + d)} for layers of [{m}, {d}], got {rank}"
             )
-        for hook in self.hooks:
-            hook.reserve = rank
-        self._versions.change(lambda position, entry: self.hooks[position].remade(entry))
-        if self.edit_set is not None:  # from the edit set itself: fewer rows than before are possible
-            self.publish(self.edit_set)
+        with self._versions.turn():
+            for hook in self.hooks:
+                hook.reserve = rank
+            self._versions.change(lambda position, entry: self.hooks[position].remade(entry))
+            if self.edit_set is not None:  # from the edit set itself: fewer rows than before are possible
+                self.publish(self.edit_set)
 
     @property
     def modes(self) -> list[str]:
@@ -195,13 +206,20 @@ class Hooks:
         return [entry.mode for entry in self._versions.published()]
 
     def set_modes(self, modes: Sequence[str]) -> None:
-        """Mode of each hook: "off", "gated" or "always" (the temporary hook of an update)."""
+        """Mode of each hook: "off", "gated" or "always" (the temporary hook of an update). Within `disabled()`, of any
+        thread, it takes effect when that ends."""
         for mode in modes:
             check_mode(mode)
-        self._versions.change(lambda position, entry: replace(entry, mode=modes[position]))
+        self._switch(lambda position, switch: replace(switch, asked=modes[position]))
+
+    def force_modes(self, modes: Sequence[str] | None) -> None:
+        """For an editor at work: these modes, whatever others have asked or ask meanwhile; None: what they ask."""
+        for mode in modes or ():
+            check_mode(mode)
+        self._switch(lambda position, switch: replace(switch, forced=modes and modes[position]))
 
     def enable(self) -> None:
-        """Edits take effect (the state after installing)."""
+        """Edits take effect (the state after installing); within `disabled()`, of any thread, when that ends."""
         self.set_modes(["gated"] * len(self.hooks))
 
     def disable(self) -> None:
@@ -210,19 +228,23 @@ class Hooks:
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """The base model, bit for bit, within the `with` block; for all threads."""
-        with self._versions.switch:
-            if self._disabled == 0:
-                self._modes_before = self.modes
-            self._disabled += 1
-            self.disable()
+        """The base model, bit for bit, within the `with` block; for all threads. Then what was asked last, by whoever
+        and whenever, where no other such block is under way."""
+        held = 0
         try:
+            with deferred():
+                self._hold_off(1)
+                held = 1
             yield
         finally:
-            with self._versions.switch:
-                self._disabled -= 1
-                if self._disabled == 0:  # blocks of several threads may overlap: the last one out switches on
-                    self.set_modes(self._modes_before)
+            with deferred():
+                self._hold_off(-held)
+
+    def _hold_off(self, blocks: int) -> None:
+        self._switch(lambda _, switch: replace(switch, held_off=switch.held_off + blocks))
+
+    def _switch(self, change: Callable[[int, Switch], Switch]) -> None:
+        self._versions.change(lambda position, entry: replace(entry, switch=change(position, entry.switch)))
 
     def unload(self) -> nn.Module:
         """Takes the hooks out and returns the untouched model; ValueError where they are out already."""
@@ -252,11 +274,19 @@ class Hooks:
         """For callers outside any forward pass of this thread: what a pass that Ctrl-C ended had pinned is let go."""
         self._versions.forget_pass()
 
+    @eagerly_alone
     def _begin_pass(self, model: nn.Module, _: Any) -> None:
-        self._versions.pin(lambda: _passes_under_way(model) - 1)
+        if not torch.compiler.is_compiling():  # traced with a caller's function: that reads what is published once
+            self._pin(get_eval_frame_callback() not in (None, False))
 
+    @eagerly
+    def _pin(self, compiled: bool) -> None:
+        self._versions.pin(lambda thread: _passes_under_way(self.model, thread), compiled)
+
+    @eagerly
     def _end_pass(self, *_: Any) -> None:
-        self._versions.unpin()
+        if not torch.compiler.is_compiling():
+            self._versions.unpin()
 
     def _place(self, layer: int, module: nn.Module) -> None:
         parent, name = self.layout.slot(self.model, layer)
@@ -286,9 +316,9 @@ def _check_name(name: str | None, known: Collection[str]) -> None:
         raise ValueError(f"name {name!r} is not among the edit sets {list(known)}: add_edits() it first")
 
 
-def _passes_under_way(model: nn.Module) -> int:
-    """How many calls of `model` are on this thread's stack, the one that asks included."""
-    count, frame = 0, inspect.currentframe()
+def _passes_under_way(model: nn.Module, thread: int) -> int:
+    """How many calls of `model` are on the stack of a thread."""
+    count, frame = 0, sys._current_frames().get(thread)
     while frame is not None:
         if frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals.get("self") is model:
             count += 1

@@ -128,7 +128,7 @@ class HookLinear(nn.Module):
         self.context: SequenceSource | None = None
         dtype, device = serving_placement(base_layer, torch.float32)
         empty = LowRankDelta.zeros(self.out_features, self.in_features, dtype=dtype, device=device)
-        self._versions = Versions([ServedEdits(self._make_state(empty, math.inf, None), "gated")])
+        self._versions = Versions([ServedEdits(self._make_state(empty, math.inf, None))])
         self._position = 0
 
     # ---------------------------------------------------------------- the edit set
@@ -149,7 +149,9 @@ class HookLinear(nn.Module):
     @mode.setter
     def mode(self, mode: str) -> None:
         check_mode(mode)
-        self._versions.replace(self._position, lambda served: replace(served, mode=mode))
+        self._versions.replace(
+            self._position, lambda served: replace(served, switch=replace(served.switch, asked=mode))
+        )
 
     def set_delta(
         self,
@@ -166,8 +168,9 @@ class HookLinear(nn.Module):
         Raises ValueError, with the state as before, if the shapes differ from the layer's, the threshold is NaN or a
         relative one is asked of `sequence`.
         """
-        state = self.serving_state(delta, threshold, moments=moments, relative=relative)
-        self._versions.replace(self._position, lambda served: replace(served, state=state))
+        with self._versions.turn():
+            state = self.serving_state(delta, threshold, moments=moments, relative=relative)
+            self._versions.replace(self._position, lambda served: replace(served, state=state, edit_set=None))
 
     def serving_state(
         self,

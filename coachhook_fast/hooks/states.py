@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from coachhook_fast.edits.edit_set import EditSet
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,12 @@ class HookState:
     @property
     def is_empty(self) -> bool:
         return self.B.shape[0] == 0
+
+    @property
+    def kind(self) -> Hashable:
+        """See `ServedEdits.kind`."""
+        tensors = (self.U, self.B, self.sketch)
+        return self.relative, *(None if tensor is None else (tensor.shape, tensor.dtype) for tensor in tensors)
 
 
 @dataclass(frozen=True)
@@ -66,16 +75,54 @@ class RowStates:
 
 
 @dataclass(frozen=True)
+class Switch:
+    """Who has switched what: each has a place of its own, so that nobody's block undoes what somebody else asked.
+
+    Attributes:
+        asked: the mode that `enable`, `disable` or `set_modes` asked for last.
+        held_off: `disabled()` blocks under way, of all threads: while there are any, edits are off.
+        forced: the mode that an editor at work needs, whatever the others say; None outside its work.
+    """
+
+    asked: str = "gated"
+    held_off: int = 0
+    forced: str | None = None
+
+    @property
+    def mode(self) -> str:
+        return self.forced or ("off" if self.held_off else self.asked)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Switch:
+        """A copy does what this one does now: it is in nobody's block."""
+        return Switch(self.mode)
+
+    def __reduce__(self) -> Any:
+        return Switch, (self.mode,)
+
+
+@dataclass(frozen=True)
 class ServedEdits:
     """What one hook does in a forward pass.
 
     Attributes:
-        state: the published edit set's; mode: one of layer.MODES.
+        state: the published edit set's; edit_set: that edit set, None where only a delta was set.
+        switch: what decides `mode`, one of layer.MODES.
         rows: where rows of a batch differ (`Hooks.select`), the states of each.
         adapters: states by name that rows may be given, as multi-adapter serving of one base does.
     """
 
     state: HookState
-    mode: str
+    switch: Switch = Switch()
     rows: RowStates | None = None
     adapters: Mapping[str, HookState] = field(default_factory=dict)
+    edit_set: EditSet | None = None
+    mode: str = field(init=False)  # a value, not a property: compiled code asks for it at every layer
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "mode", self.switch.mode)
+
+    @property
+    def kind(self) -> Hashable:
+        """What code compiled for this one depends on: another kind may be compiled anew."""
+        rows = self.rows and (self.rows.count, tuple((state.kind, len(own)) for state, own in self.rows.groups))
+        return self.mode, self.state.kind, rows

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer, StaticLayer
 
+from coachhook_fast.hooks.compiled import eagerly
 from coachhook_fast.hooks.gate import SequenceContext, ThreadContexts
 from coachhook_fast.hooks.layer import HookLinear
 from coachhook_fast.models.cache_argument import CACHE_ARGUMENTS, cache_argument, given_cache
@@ -58,6 +59,7 @@ class SequenceTracker:
         for hook in self._hooks:
             hook.context = None
 
+    @eagerly
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         context = self.contexts.here()
         context.clear()
@@ -92,6 +94,7 @@ class SequenceTracker:
             context.prompt_length = length - keep + 1
         return args, kwargs
 
+    @eagerly
     def _after(self, *_: Any) -> None:
         self.contexts.here().clear()
 

@@ -1,22 +1,33 @@
 """Versions: what the hooks of one model serve, as one value that is replaced whole.
 
 A forward pass pins the version that is current when it begins, for its own thread, and every hook reads the pinned
-one; publishing another is one assignment. So a pass sees one whole edit set however many threads publish meanwhile, and
-neither side ever waits for the other. Under torch.compile the published tuple is read once, with the graph's inputs,
-which pins it too; a new version of the same shapes recompiles nothing (see `HookLinear.reserve`).
+one; publishing another is one assignment. So a pass sees one whole version however many threads publish meanwhile, and
+no pass waits for an operator. Operators take turns (`turn`): what one of them computes from what is published stands
+when it publishes.
+
+Compiled passes do the same (compiled.py): the pin is set before compiled code is entered, so that its guards, its trace
+and its inputs read one pinned tuple, and a new version of the same shapes recompiles nothing (see
+`HookLinear.reserve`). Where a caller's own compiled function calls the model, its hooks are traced with it and nothing
+is pinned: the published tuple is read once, with the graph's inputs, and not replaced while a trace is under way.
 """
 
 from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
-import torch
+from coachhook_fast.hooks.compiled import FirstPasses, between_compilations
 
-Entry = TypeVar("Entry")
+
+class _Served(Protocol):
+    @property
+    def kind(self) -> Hashable: ...  # what code compiled for it depends on
+
+
+Entry = TypeVar("Entry", bound=_Served)
 
 
 class _Pass(threading.local):
@@ -36,8 +47,8 @@ class Versions(Generic[Entry]):
     def __init__(self, entries: Sequence[Entry]) -> None:
         self._published = tuple(entries)
         self._pass = _Pass()
-        self._lock = threading.Lock()
-        self.switch = threading.Lock()  # held while modes are changed by what they are
+        self._operators = threading.RLock()
+        self._first = FirstPasses()
 
     def current(self) -> tuple[Entry, ...]:
         """The entries pinned by this thread's pass, else the published ones."""
@@ -74,39 +85,48 @@ class Versions(Generic[Entry]):
     def published(self) -> tuple[Entry, ...]:
         return self._published
 
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Within the block this thread alone changes what is published; passes go on meanwhile."""
+        with self._operators:
+            yield
+
     def change(self, change: Callable[[int, Entry], Entry]) -> None:
         """Publishes `change(position, entry)` of every entry: later passes see all of it, those under way go on with
         what they have."""
-        with self._lock:
-            self._published = tuple(change(position, entry) for position, entry in enumerate(self._published))
+        with self.turn():
+            changed = tuple(change(position, entry) for position, entry in enumerate(self._published))
+            with between_compilations():
+                self._published = changed
 
     def replace(self, position: int, change: Callable[[Entry], Entry]) -> None:
         """Publishes the current entries with one of them changed."""
         self.change(lambda other, entry: change(entry) if other == position else entry)
 
-    def pin(self, outer: Callable[[], int]) -> None:
+    def pin(self, passes: Callable[[int], int], compiled: bool) -> None:
         """A pass begins in this thread; one within another sees what the outer one sees.
 
         Args:
-            outer: how many passes are under way around this one; asked only where some seem to be, for a pass that
-                Ctrl-C ended never unpinned.
+            passes: how many passes of the model are under way in a thread, this one included; asked only where some
+                seem to be, for a pass that Ctrl-C ended never unpinned.
+            compiled: the pass may enter compiled code.
         """
-        if torch.compiler.is_compiling():
-            return
-        if self._pass.depth > 0:
-            self._pass.depth = max(0, outer())
-        if self._pass.depth == 0:
-            self._pass.entries = self._viewed()
-        self._pass.depth += 1
+        mine = self._pass
+        if mine.depth > 0:
+            mine.depth = max(0, passes(threading.get_ident()) - 1)
+        if mine.depth == 0:
+            mine.entries = self._viewed()
+            if compiled:
+                self._first.begin(tuple(entry.kind for entry in mine.entries), passes)
+        mine.depth += 1
 
     def unpin(self) -> None:
         """The pass has ended, by an error too."""
-        if torch.compiler.is_compiling():
-            return
         if self._pass.depth > 0:
             self._pass.depth -= 1
         if self._pass.depth == 0:
             self._pass.entries = None
+            self._first.end()
 
     def forget_pass(self) -> None:
         """No pass is under way in this thread, however the last one ended."""

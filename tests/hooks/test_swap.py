@@ -16,6 +16,7 @@ from coachhook_fast import EditConfig, Editor, EditRequest
 from coachhook_fast.edits.delta import LowRankDelta
 from coachhook_fast.edits.threshold import Threshold
 from coachhook_fast.hooks.hooks import Hooks, shared_weight_copy
+from coachhook_fast.hooks.states import Switch
 from coachhook_fast.models.architectures import layout_of
 
 GATES = ("calibrated", "sequence")
@@ -53,7 +54,7 @@ def test_a_change_under_way_loses_none_of_another_thread() -> None:
     def slowly_off(_: int, entry: Any) -> Any:
         begun.set()
         go_on.wait(10)
-        return replace(entry, mode="off")
+        return replace(entry, switch=Switch("off"))
 
     switching = threading.Thread(target=model.coachhook._versions.change, args=(slowly_off,))
     publishing = threading.Thread(target=model.coachhook.publish, args=(edit_set(1, 5),))
