@@ -1,8 +1,10 @@
 """What lets compiled passes see whole versions, as eager ones do.
 
-`torch.compile(model)` runs the model's forward hooks before it enters compiled code, but takes each for a frame of its
-own to compile: within, `torch.compiler.is_compiling()` is true, so a hook cannot tell that it runs. `eagerly` keeps
-torch from compiling such a hook alone; a caller's compiled function that calls the model traces it still, in its place.
+`torch.compile(model)` runs the model's forward hooks before it enters compiled code, but takes each for a function of
+its own to compile: within, `torch.compiler.is_dynamo_compiling()` is true, and what it does to a thread is lost.
+`eagerly` keeps torch from compiling such a hook alone. A caller's compiled function that calls the model still traces
+the hook, with the model, in its place. (`torch.compiler.is_compiling()` tells neither: it is true in every thread while
+one compiles.)
 """
 
 from __future__ import annotations
@@ -11,9 +13,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TypeVar
 
+import torch
 from torch._C._dynamo.eval_frame import set_code_exec_strategy
 from torch._dynamo.types import FrameAction, FrameExecStrategy
 
@@ -34,13 +37,25 @@ def eagerly_alone(function: Function) -> Function:
     return function
 
 
-@contextmanager
-def between_compilations() -> Iterator[None]:
-    """No code is being compiled in another thread within the block, which waits until that has ended: a trace reads
-    what it traces again and again, and so do the guards that are made after it."""
-    compiler = sys.modules.get("torch._dynamo.convert_frame")
-    with compiler.compile_lock if compiler is not None else threading.Lock():
-        yield
+class Traced:
+    """Whether a caller's compiled function has traced a model's hooks: then no pass pins what it reads."""
+
+    def __init__(self) -> None:
+        self.was = False
+
+    @contextmanager
+    def between_compilations(self) -> Iterator[None]:
+        """Where it has, no code is compiled in another thread within the block, which waits until that has ended: a
+        trace reads what it traces again and again, and so do the guards that are made after it."""
+        compiler = sys.modules.get("torch._dynamo.convert_frame") if self.was else None
+        with nullcontext() if compiler is None else compiler.compile_lock:
+            yield
+
+
+@torch._dynamo.assume_constant_result
+def tell_traced(traced: Traced) -> None:
+    """Called in code that is traced, this runs while the trace is made, and not again."""
+    traced.was = True
 
 
 class FirstPasses:

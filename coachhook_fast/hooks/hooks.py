@@ -15,9 +15,9 @@ from torch import nn
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
 
 from coachhook_fast.edits.edit_set import EditSet
-from coachhook_fast.hooks.compiled import eagerly, eagerly_alone
+from coachhook_fast.hooks.compiled import eagerly, eagerly_alone, tell_traced
 from coachhook_fast.hooks.layer import HookLinear, check_mode
-from coachhook_fast.hooks.states import HookState, RowStates, Switch
+from coachhook_fast.hooks.states import HookState, RowStates, ServedEdits, Switch
 from coachhook_fast.hooks.transformers_cache import SequenceTracker, wrap_method
 from coachhook_fast.hooks.versions import Versions
 from coachhook_fast.interrupts import deferred
@@ -246,6 +246,20 @@ class Hooks:
     def _switch(self, change: Callable[[int, Switch], Switch]) -> None:
         self._versions.change(lambda position, entry: replace(entry, switch=change(position, entry.switch)))
 
+    def warm(self, run: Callable[[], Any]) -> None:
+        """Calls `run` with the edits and without, in this thread alone: code that is compiled for both is there before
+        another thread switches. Other threads notice nothing.
+
+        Args:
+            run: passes of the compiled model, as requests will make them: `lambda: model(ids)`.
+
+        Raises:
+            ValueError: within `select`.
+        """
+        for asked in ("gated", "off"):
+            with self._versions.viewed(lambda entries, asked=asked: _asking(entries, asked)):  # type: ignore[misc]
+                run()
+
     def unload(self) -> nn.Module:
         """Takes the hooks out and returns the untouched model; ValueError where they are out already."""
         self.check_installed()
@@ -276,7 +290,9 @@ class Hooks:
 
     @eagerly_alone
     def _begin_pass(self, model: nn.Module, _: Any) -> None:
-        if not torch.compiler.is_compiling():  # traced with a caller's function: that reads what is published once
+        if torch.compiler.is_dynamo_compiling():  # with a caller's function
+            tell_traced(self._versions.traced)
+        else:
             self._pin(get_eval_frame_callback() not in (None, False))
 
     @eagerly
@@ -285,12 +301,16 @@ class Hooks:
 
     @eagerly
     def _end_pass(self, *_: Any) -> None:
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_dynamo_compiling():
             self._versions.unpin()
 
     def _place(self, layer: int, module: nn.Module) -> None:
         parent, name = self.layout.slot(self.model, layer)
         setattr(parent, name, module)
+
+
+def _asking(entries: tuple[ServedEdits, ...], mode: str) -> tuple[ServedEdits, ...]:
+    return tuple(replace(entry, switch=Switch(mode)) for entry in entries)
 
 
 def _refuse_selections(model: Any, *args: Any, **kwargs: Any) -> Any:

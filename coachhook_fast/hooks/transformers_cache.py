@@ -84,7 +84,7 @@ class SequenceTracker:
         if cache is None and kwargs.get("use_cache", getattr(config, "use_cache", False)):
             # The model would make its own after this hook, too late for the state to ride in it.
             cache = kwargs[self._cache_argument] = DynamicCache(config=config)
-        if length > 1 and not torch.compiler.is_compiling():
+        if length > 1 and not torch.compiler.is_dynamo_compiling():
             _look_for_packing(context, mask, kwargs, cache)
         if cache is not None:
             context.states = CacheStates(cache, self.num_blocks, len(self._hooks))

@@ -8,7 +8,7 @@ when it publishes.
 Compiled passes do the same (compiled.py): the pin is set before compiled code is entered, so that its guards, its trace
 and its inputs read one pinned tuple, and a new version of the same shapes recompiles nothing (see
 `HookLinear.reserve`). Where a caller's own compiled function calls the model, its hooks are traced with it and nothing
-is pinned: the published tuple is read once, with the graph's inputs, and not replaced while a trace is under way.
+is pinned: the published tuple is read once, with the graph's inputs, and operators wait while torch compiles.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Generic, Protocol, TypeVar
 
-from coachhook_fast.hooks.compiled import FirstPasses, between_compilations
+from coachhook_fast.hooks.compiled import FirstPasses, Traced
 
 
 class _Served(Protocol):
@@ -49,6 +49,7 @@ class Versions(Generic[Entry]):
         self._pass = _Pass()
         self._operators = threading.RLock()
         self._first = FirstPasses()
+        self.traced = Traced()
 
     def current(self) -> tuple[Entry, ...]:
         """The entries pinned by this thread's pass, else the published ones."""
@@ -96,7 +97,7 @@ class Versions(Generic[Entry]):
         what they have."""
         with self.turn():
             changed = tuple(change(position, entry) for position, entry in enumerate(self._published))
-            with between_compilations():
+            with self.traced.between_compilations():
                 self._published = changed
 
     def replace(self, position: int, change: Callable[[Entry], Entry]) -> None:

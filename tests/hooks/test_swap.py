@@ -148,33 +148,6 @@ def test_an_error_in_a_pass_leaves_no_version_pinned() -> None:
     assert torch.equal(logits(model), alone(new))
 
 
-def test_compiled_passes_see_whole_versions_and_never_recompile() -> None:
-    torch._dynamo.reset()
-    sets = [edit_set(seed, rank) for seed, rank in ((0, 2), (1, 5), (2, 3))]
-    model = model_with()
-    model.coachhook.reserve(8)
-    model.coachhook.publish(sets[0])
-    versions = [alone(edits) for edits in sets]
-    graphs: list[Any] = []
-
-    def backend(graph: Any, inputs: Any) -> Any:
-        graphs.append(graph)
-        return graph.forward
-
-    run = torch.compile(model, backend=backend, fullgraph=True)
-    assert torch.allclose(logits(run), versions[0], atol=1e-4)
-    made = len(graphs)
-    assert made > 0
-    with Load(lambda: logits(run), versions, threads=2) as load:
-        for swap in range(100):
-            model.coachhook.publish(sets[swap % 3])
-            threading.Event().wait(0.002)
-    assert not load.problems, load.problems[:2]
-    assert sum(count > 0 for count in load.passes) >= 2
-    assert len(graphs) == made
-    torch._dynamo.reset()
-
-
 def test_reserved_rows_change_no_decision() -> None:
     model = model_with()
     edits = edit_set(1, 5)
