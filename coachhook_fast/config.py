@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from coachhook_fast import files
 from coachhook_fast.model_defaults import default_layers, default_update_weight, later_layers, round_robin_layers
 
 GATES = ("calibrated", "sequence")
@@ -333,9 +334,11 @@ class EditConfig:
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The settings that a YAML file names, less those of EasyEdit's that have no meaning here."""
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        values = yaml.safe_load(files.read_text(Path(path), most=files.MOST_SETTINGS))
+    except yaml.YAMLError as error:
         raise ValueError(f"{path} is not YAML: {error}") from error
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deeply") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a mapping of settings, got {type(values).__name__}")
     return current_names({key: number_in(value) for key, value in values.items() if key not in _EASYEDIT_ONLY})

@@ -31,7 +31,7 @@ ROOMS = (
     "integrations",
     "cli",
 )
-ALONE = set(ROOMS[: ROOMS.index("kernels")]) - {"config"}  # import nothing of ours; config its model_defaults alone
+ALONE = set(ROOMS[: ROOMS.index("kernels")]) - {"config"}  # import nothing of ours; config its model_defaults and files
 
 
 def sources() -> Iterator[tuple[str, Path]]:

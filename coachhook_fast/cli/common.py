@@ -84,8 +84,33 @@ def add_facts(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_edits(parser: argparse.ArgumentParser, *, required: bool) -> None:
-    parser.add_argument("--edits", required=required, type=Path, metavar="DIR", help="folder of a saved edit set")
+def folder(text: str) -> Path:
+    """argparse type: a folder's name, which the empty text is not."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"must name a folder, got {text!r}")
+    return Path(text)
+
+
+def edits_folder(text: str) -> Path:
+    """argparse type: the folder of an edit set, that of the hub's repository downloaded."""
+    from coachhook_fast.edits.store import HUB, local_folder
+
+    if not text.startswith(HUB):
+        return folder(text)
+    try:
+        return local_folder(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def add_edits(parser: argparse.ArgumentParser, *, required: bool, hub: bool = True) -> None:
+    parser.add_argument(
+        "--edits",
+        required=required,
+        type=edits_folder if hub else folder,
+        metavar="DIR",
+        help="folder of a saved edit set" + (", or hf:OWNER/NAME[@REVISION] of the hub" if hub else ""),
+    )
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
@@ -149,7 +174,6 @@ def load_config(arguments: argparse.Namespace, *, edits: Path | None = None) -> 
         values = EditConfig.from_saved(read_manifest(edits)["config"]).to_dict()
     try:
         if arguments.config is not None:
-            files.check_readable(arguments.config, most=files.MOST_SETTINGS)
             values |= read_yaml(arguments.config)
         if arguments.layers is not None:
             values["layers"] = _layers(arguments.layers)

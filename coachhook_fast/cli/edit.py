@@ -38,8 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch-size", type=common.positive, default=10, metavar="N", help="edits a batch (default 10)"
     )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where the edit set goes")
-    common.add_edits(parser, required=False)
+    parser.add_argument("--out", type=common.folder, metavar="DIR", help="where the edit set goes")
+    common.add_edits(parser, required=False, hub=False)
     parser.add_argument("--corpus", type=Path, metavar="FILE", help="text for the key statistics (see coachhook stats)")
     common.add_config(parser)
 

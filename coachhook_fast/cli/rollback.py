@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from coachhook_fast import printable
-from coachhook_fast.cli.common import Report, add_edits, add_model, load_model
+from coachhook_fast.cli.common import Report, add_edits, add_model, folder, load_model
 from coachhook_fast.cli.edit import output_folder
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ EXAMPLES = """examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
-    add_edits(parser, required=True)
+    add_edits(parser, required=True, hub=False)
     parser.add_argument("batch", metavar="BATCH", help="id of the batch, as coachhook log lists it")
     parser.add_argument(
         "--request",
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="only this one of the batch, by its number in log --facts",
     )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where the rest goes (default: the same folder)")
+    parser.add_argument("--out", type=folder, metavar="DIR", help="where the rest goes (default: the same folder)")
     parser.add_argument("--corpus", type=Path, metavar="FILE", help="the text that the edits' statistics came from")
 
 

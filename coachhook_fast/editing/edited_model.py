@@ -27,7 +27,9 @@ from coachhook_fast.edits.edit_set import Batch, EditSet, Removed
 from coachhook_fast.edits.removal import recalibrated, removed_keys, without_requests
 from coachhook_fast.edits.threshold import Threshold
 from coachhook_fast.hooks.hooks import Hooks, checked_layers
+from coachhook_fast.hooks.load_edits import read_edits
 from coachhook_fast.interrupts import deferred
+from coachhook_fast.limits import check_bounds
 from coachhook_fast.model_defaults import default_layers
 from coachhook_fast.models.architectures import down_projection_size, layout_of
 from coachhook_fast.models.loading import identified
@@ -52,8 +54,9 @@ class EditedModel:
         edits: str | Path | None = None,
     ) -> None:
         model = base_to_edit(model)
-        saved = None if edits is None else store.load(Path(edits))
+        saved = None if edits is None else read_edits(model, edits)
         config = config or (saved.config if saved else EditConfig())
+        check_bounds(config)
         layout = layout_of(
             model, layer_module_tmp=config.layer_module_tmp, rewrite_module_tmp=config.rewrite_module_tmp
         )

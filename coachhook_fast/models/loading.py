@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from coachhook_fast.models.gguf_header import check_gguf_header
 from coachhook_fast.models.identity import BaseModel, Parts
 from coachhook_fast.models.placement import held_parameter, stands_twice
 from coachhook_fast.models.tensor_parallel import gathered
@@ -226,6 +227,7 @@ def _load_gguf(path: Path, dtype: torch.dtype | None, **options: Any) -> tuple[n
         import gguf  # noqa: F401
     except ImportError as error:
         raise ValueError(f"model {str(path)!r} is a GGUF file: pip install 'coachhook-fast[gguf]'") from error
+    check_gguf_header(path)
     with _loading(path):
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         model = AutoModelForCausalLM.from_pretrained(

@@ -250,3 +250,16 @@ def test_a_folder_that_another_run_filled_meanwhile(
     other.seen[str(folder.resolve())] = store.state_of(store.load(folder))
     assert "up to 'third'" in fails(capsys, *arguments, "--edits", str(folder))
     assert [batch.id for batch in store.load(folder).batches] == [batch.id for batch in other.batches]
+
+
+@pytest.mark.parametrize("option", ["--out", "--edits"])
+@pytest.mark.parametrize("name", ["", " "])
+def test_a_folder_without_a_name(home: Path, capsys: pytest.CaptureFixture[str], option: str, name: str) -> None:
+    line = fails(capsys, "edit", *model(home), *facts(home), f"{option}={name}")
+    assert f"argument {option}: must name a folder, got {name!r}" in line
+
+
+def test_a_missing_folder_is_not_looked_up_on_the_hub(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = fails(capsys, "generate", *model(home), "--edits", "edits/acme", "Ann is")
+    assert "there is no folder 'edits/acme'; a repository of the hub is asked for as 'hf:edits/acme'" in line
+    assert "hf:owner/name" in fails(capsys, "generate", *model(home), "--edits", "hf:acme", "Ann is")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from editor_cases import CONFIG, assert_same, edit, facts, make, snapshot
+from store_cases import tensors_of, with_tensors
 from tiny import tiny_model, tiny_texts, tiny_tokenizer
 
 from coachhook_fast import EditConfig, Editor, EditRequest, EditWarning
@@ -130,3 +132,49 @@ def test_damaged_cache_files_are_made_anew(monkeypatch: pytest.MonkeyPatch, tmp_
         second.collect_statistics(tiny_texts(12), progress=False)
     found = edit(second, facts(2))
     assert_same([one.residuals for one in found.layers], [one.residuals for one in wanted.layers])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layers": (1, 10_000_000)}, "layers must be under 10000"),
+        ({"context_tokens": 1_000_000}, "context_tokens must be at most"),
+        ({"v_num_grad_steps": 10**9}, "v_num_grad_steps must be at most"),
+        ({"context_seeds": ("The",) * 2_000}, "context_seeds may hold"),
+        ({"rewrite_module_tmp": "a.{}.{0.__class__}"}, "rewrite_module_tmp must be"),
+    ],
+)
+def test_settings_out_of_bounds_are_refused_before_anything_is_made(changes: dict[str, Any], message: str) -> None:
+    model = tiny_model("llama")
+    with pytest.raises(ValueError, match=message):
+        Editor(model, tiny_tokenizer(), CONFIG.replace(**changes))
+    assert not hasattr(model, "coachhook")
+
+
+def test_edits_of_other_sizes_are_refused_by_their_files_headers(tmp_path: Path) -> None:
+    """Before a tensor is read, as load_edits does."""
+    editor = make()
+    edit(editor, facts(1))
+    editor.save_pretrained(tmp_path)
+    tensors = tensors_of(tmp_path, "weights")
+    with_tensors(tmp_path, "weights", {**tensors, "0.B": torch.zeros(tensors["0.B"].shape[0], 9_999)})
+    model = tiny_model("llama")
+    with pytest.raises(ValueError, match=r"0\.B has shape \[\d+, 9999\], the model's layer needs"):
+        Editor(model, tiny_tokenizer(), edits=tmp_path)
+    assert not hasattr(model, "coachhook")
+
+
+def test_settings_files_are_read_by_the_one_reader(tmp_path: Path) -> None:
+    path = tmp_path / "settings.yaml"
+    with path.open("wb") as file:
+        file.truncate(1 << 31)
+    with pytest.raises(ValueError, match=r"settings\.yaml has 2147483648 bytes"):
+        EditConfig.from_yaml(path)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(ValueError, match=r"settings\.yaml is a FIFO"):
+        EditConfig.from_yaml(path)
+    path.unlink()
+    path.write_text("[" * 5_000)
+    with pytest.raises(ValueError, match=r"settings\.yaml is (nested too deeply|not YAML)"):
+        EditConfig.from_yaml(path)

@@ -190,7 +190,13 @@ def test_push_to_hub_and_load_from_it(tmp_path: Path, monkeypatch: pytest.Monkey
     assert hub.calls[0][1] == {"token": "secret"}
     assert hub.calls[1][1]["private"] is True
     assert not list((tmp_path / "ann" / "edits").glob(".lock"))
-    load_edits(model, "ann/edits")
+    with pytest.raises(ValueError, match="no folder 'ann/edits'.* 'hf:ann/edits'"):
+        load_edits(model, "ann/edits")  # a missing folder is not looked up elsewhere
+    assert len(hub.calls) == 3
+    load_edits(model, "hf:ann/edits", revision="0f6c2d1")
+    assert hub.calls[3][1]["revision"] == "0f6c2d1"
+    assert store.local_folder("hf:ann/edits@v2") == tmp_path / "ann" / "edits"
+    assert hub.calls[4][1]["revision"] == "v2"
     assert model.coachhook.edit_set.num_edits == 4
     ids = torch.tensor([tiny_tokenizer()("Ann is").input_ids])
     assert model(ids).logits.isfinite().all()
@@ -209,6 +215,19 @@ def test_a_push_replaces_the_edit_set_and_leaves_the_model(tmp_path: Path, monke
     left = {path.name for path in (tmp_path / "ann" / "model").glob("*.safetensors")}
     assert left > set(weights)
     assert len(left) == len(weights) + 2  # one of weights, one batch
+
+
+@pytest.mark.parametrize("name", ["hf:", "hf:edits", "hf:a/b/c", "hf:ann/edits@", "hf:../x", "hf:/etc/passwd", "hf:a b/c"])
+def test_names_that_no_repository_has(name: str) -> None:
+    with pytest.raises(ValueError, match="edits must be hf:owner/name"):
+        store.local_folder(name)
+
+
+def test_revisions_of_folders_and_two_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"revision 'v1' is of a repository of the hub, .* is a folder"):
+        store.local_folder(tmp_path, revision="v1")
+    with pytest.raises(ValueError, match="with one revision"):
+        store.local_folder("hf:ann/edits@v1", revision="v2")
 
 
 def test_a_name_that_is_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
