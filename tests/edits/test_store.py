@@ -217,7 +217,9 @@ def test_a_push_replaces_the_edit_set_and_leaves_the_model(tmp_path: Path, monke
     assert len(left) == len(weights) + 2  # one of weights, one batch
 
 
-@pytest.mark.parametrize("name", ["hf:", "hf:edits", "hf:a/b/c", "hf:ann/edits@", "hf:../x", "hf:/etc/passwd", "hf:a b/c"])
+@pytest.mark.parametrize(
+    "name", ["hf:", "hf:edits", "hf:a/b/c", "hf:ann/edits@", "hf:../x", "hf:/etc/passwd", "hf:a b/c"]
+)
 def test_names_that_no_repository_has(name: str) -> None:
     with pytest.raises(ValueError, match="edits must be hf:owner/name"):
         store.local_folder(name)

@@ -72,7 +72,9 @@ def test_reserve_beside_publish_loses_no_version() -> None:
     model = model_with()
     for round_ in range(ROUNDS):
         new = sets[round_ % 2]
-        together(lambda rank=8 + round_ % 3: model.coachhook.reserve(rank), lambda new=new: model.coachhook.publish(new))
+        together(
+            lambda rank=8 + round_ % 3: model.coachhook.reserve(rank), lambda new=new: model.coachhook.publish(new)
+        )
         assert model.coachhook.edit_set is new
         assert {entry.state.B.shape[0] for entry in model.coachhook._versions.published()} == {8 + round_ % 3}
         if round_ % 10 < 2:
