@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -233,8 +232,7 @@ class BaseEditor:
         self, batches: Sequence[Sequence[_Fact]], *, keep: bool, verbose: bool
     ) -> tuple[list[dict[str, Any]], Any, Callable[[], None]]:
         facts = [fact for batch in batches for fact in batch]
-        with self.editor.disabled() if not self.editor.ledger else _nothing():
-            before = self._answers(facts)
+        before = self._answers(facts)
         metrics: list[dict[str, Any]] = [{} for _ in facts]
         if self.editor.statistics is None:
             self.editor.collect_statistics(self._corpus, progress=verbose)
@@ -371,8 +369,3 @@ def _check_others(others: Mapping[str, Any]) -> None:
         raise ValueError(f"eval_metric must be one of {_TOKEN_ACCURACY}, got {metric!r}")
     if unknown := sorted(others.keys() - _WITHOUT_MEANING - {"test_generation", "eval_metric"}):
         raise TypeError(f"edit() got the arguments {unknown}, which have no meaning here")
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield

@@ -190,7 +190,7 @@ def test_push_to_hub_and_load_from_it(tmp_path: Path, monkeypatch: pytest.Monkey
     assert hub.calls[0][1] == {"token": "secret"}
     assert hub.calls[1][1]["private"] is True
     assert not list((tmp_path / "ann" / "edits").glob(".lock"))
-    with pytest.raises(ValueError, match="no folder 'ann/edits'.* 'hf:ann/edits'"):
+    with pytest.raises(ValueError, match=r"no folder 'ann/edits'.* 'hf:ann/edits'"):
         load_edits(model, "ann/edits")  # a missing folder is not looked up elsewhere
     assert len(hub.calls) == 3
     load_edits(model, "hf:ann/edits", revision="0f6c2d1")

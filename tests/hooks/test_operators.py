@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -85,7 +86,7 @@ def test_publish_beside_publish_serves_the_set_it_names() -> None:
     sets = [edit_set(0, 2), edit_set(1, 2)]
     model = model_with()
     for _ in range(ROUNDS):
-        together(*(lambda edits=edits: model.coachhook.publish(edits) for edits in sets))
+        together(*(partial(model.coachhook.publish, edits) for edits in sets))
         served = model.coachhook.edit_set
         assert torch.equal(model.coachhook.hooks[0].served.state.B, served.deltas[0].B)
 
@@ -93,9 +94,9 @@ def test_publish_beside_publish_serves_the_set_it_names() -> None:
 def test_sets_that_come_and_go_together_are_all_there() -> None:
     model, edits = model_with(), edit_set(0, 2)
     for _ in range(ROUNDS // 10):
-        together(*(lambda name=name: model.coachhook.add_edits(name, edits) for name in "abc"))
+        together(*(partial(model.coachhook.add_edits, name, edits) for name in "abc"))
         assert set(model.coachhook.adapters) == set("abc")
-        together(*(lambda name=name: model.coachhook.remove_edits(name) for name in "abc"))
+        together(*(partial(model.coachhook.remove_edits, name) for name in "abc"))
         assert model.coachhook.adapters == ()
 
 

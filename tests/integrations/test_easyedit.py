@@ -75,7 +75,10 @@ def data(count: int) -> dict[str, Any]:
             "distracting": {"prompt": [["One is", "Two is"]] * count, "ground_truth": [["a", "the"]] * count},
         },
         "portability_inputs": {
-            "one_hop": {"prompt": ["They work at", *[None] * (count - 1)], "ground_truth": ["home", *[None] * (count - 1)]}
+            "one_hop": {
+                "prompt": ["They work at", *[None] * (count - 1)],
+                "ground_truth": ["home", *[None] * (count - 1)],
+            }
         },
         "verbose": False,
     }  # fmt: skip

@@ -45,9 +45,13 @@ def array(key: str, kind: int, count: int, content: bytes = b"") -> bytes:
 
 
 WHOLE = (
-    number("llama.block_count", 30), number("llama.embedding_length", 576), text("a") + struct.pack("<I", 8) + text("x"),
-    array("words", 8, 2, text("a") + text("b")), array("scores", 6, 2, bytes(8)), array("nested", 9, 1, array("", 4, 0)[12:]),
-)  # fmt: skip
+    number("llama.block_count", 30),
+    number("llama.embedding_length", 576),
+    text("a") + struct.pack("<I", 8) + text("x"),
+    array("words", 8, 2, text("a") + text("b")),
+    array("scores", 6, 2, bytes(8)),
+    array("nested", 9, 1, array("", 4, 0)[12:]),
+)
 
 
 def test_a_whole_header_is_taken(tmp_path: Path) -> None:
