@@ -93,7 +93,7 @@ def folder(text: str) -> Path:
 
 def edits_folder(text: str) -> Path:
     """argparse type: the folder of an edit set, that of the hub's repository downloaded."""
-    from coachhook_fast.edits.store import HUB, local_folder
+    from coachhook_fast.edits.hub import HUB, local_folder
 
     if not text.startswith(HUB):
         return folder(text)

@@ -293,11 +293,11 @@ class Hooks:
         if torch.compiler.is_dynamo_compiling():  # with a caller's function
             tell_traced(self._versions.traced)
         else:
-            self._pin(get_eval_frame_callback() not in (None, False))
+            self._pin(model, get_eval_frame_callback() not in (None, False))
 
     @eagerly
-    def _pin(self, compiled: bool) -> None:
-        self._versions.pin(lambda thread: _passes_under_way(self.model, thread), compiled)
+    def _pin(self, model: nn.Module, compiled: bool) -> None:
+        self._versions.pin(lambda thread: _passes_under_way(model, thread), compiled)
 
     @eagerly
     def _end_pass(self, *_: Any) -> None:

@@ -10,6 +10,7 @@ from torch import nn
 from coachhook_fast.config import EditConfig
 from coachhook_fast.edits import store
 from coachhook_fast.edits.edit_set import EditSet
+from coachhook_fast.edits.hub import local_folder
 from coachhook_fast.hooks.hooks import DEFAULT, Hooks, checked_layers, hooks_of
 from coachhook_fast.models.architectures import Layout, down_projection_size, layout_of
 from coachhook_fast.models.loading import identified
@@ -74,7 +75,7 @@ def read_edits(
         layers = checked_layers(model, layout, config.layers or ())
         return [down_projection_size(layout.down_projection(model, layer)) for layer in layers]
 
-    return store.load(store.local_folder(folder, revision=revision), updates=updates, accept=accept)
+    return store.load(local_folder(folder, revision=revision), updates=updates, accept=accept)
 
 
 def _layout(model: nn.Module, config: EditConfig) -> Layout:

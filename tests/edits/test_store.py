@@ -18,6 +18,7 @@ from tiny import tiny_model, tiny_tokenizer
 
 from coachhook_fast import load_edits
 from coachhook_fast.edits import store
+from coachhook_fast.edits.hub import local_folder
 from coachhook_fast.edits.manifest import MANIFEST, read_manifest, version_of
 from coachhook_fast.edits.threshold import Threshold
 from coachhook_fast.models.loading import fingerprint
@@ -195,7 +196,7 @@ def test_push_to_hub_and_load_from_it(tmp_path: Path, monkeypatch: pytest.Monkey
     assert len(hub.calls) == 3
     load_edits(model, "hf:ann/edits", revision="0f6c2d1")
     assert hub.calls[3][1]["revision"] == "0f6c2d1"
-    assert store.local_folder("hf:ann/edits@v2") == tmp_path / "ann" / "edits"
+    assert local_folder("hf:ann/edits@v2") == tmp_path / "ann" / "edits"
     assert hub.calls[4][1]["revision"] == "v2"
     assert model.coachhook.edit_set.num_edits == 4
     ids = torch.tensor([tiny_tokenizer()("Ann is").input_ids])
@@ -222,14 +223,14 @@ def test_a_push_replaces_the_edit_set_and_leaves_the_model(tmp_path: Path, monke
 )
 def test_names_that_no_repository_has(name: str) -> None:
     with pytest.raises(ValueError, match="edits must be hf:owner/name"):
-        store.local_folder(name)
+        local_folder(name)
 
 
 def test_revisions_of_folders_and_two_at_once(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"revision 'v1' is of a repository of the hub, .* is a folder"):
-        store.local_folder(tmp_path, revision="v1")
+        local_folder(tmp_path, revision="v1")
     with pytest.raises(ValueError, match="with one revision"):
-        store.local_folder("hf:ann/edits@v1", revision="v2")
+        local_folder("hf:ann/edits@v1", revision="v2")
 
 
 def test_a_name_that_is_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
