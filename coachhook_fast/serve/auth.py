@@ -58,7 +58,8 @@ class Doorkeeper:
     """Decides by a request's headers alone.
 
     With a token: the request must bring it. Without one, the service listens on loopback, and a page of the web in a
-    browser of this machine is the stranger: `Host` must name loopback, which a rebound name does not.
+    browser of this machine is the stranger: `Host` must name loopback, which a rebound name does not, and `Origin`,
+    where there is one, must be the service's own.
     """
 
     def __init__(self, token: str | None) -> None:
@@ -74,6 +75,9 @@ class Doorkeeper:
         host = next((value for name, value in headers if name == b"host"), b"").decode("latin-1")
         if not is_loopback(_name_of(host)):
             return 403, "without a token the service answers requests to 127.0.0.1, [::1] or localhost only"
+        origin = next((value for name, value in headers if name == b"origin"), None)
+        if origin is not None and origin.partition(b"://")[2] != host.encode("latin-1"):
+            return 403, "without a token the service answers its own page only, of the pages there are"
         return None
 
 

@@ -156,7 +156,7 @@ class _Completion(_Form):
             logprobs = {
                 "tokens": tokens,
                 "token_logprobs": [one.logprob for one in found],
-                "top_logprobs": [{self._token(token): value for token, value in one.top} for one in found],
+                "top_logprobs": [{self._token(token): value for token, value in reversed(one.top)} for one in found],
                 "text_offset": [sum(map(len, tokens[:place])) for place in range(len(tokens))],
             }
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}

@@ -38,7 +38,8 @@ def service_of(
     tokenizer.chat_template = CHAT_TEMPLATE
     limits = {name: options.pop(name) for name in list(options) if name in Limits.__dataclass_fields__}
     return Service(
-        model, tokenizer, folder, token=token, config=CONFIG.replace(gate=gate), corpus=tiny_texts(), limits=Limits(**limits), **options
+        model, tokenizer, folder, token=token, config=CONFIG.replace(gate=gate), corpus=tiny_texts(),
+        limits=Limits(**limits), **options,
     )  # fmt: skip
 
 
