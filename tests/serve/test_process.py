@@ -124,7 +124,8 @@ def test_sigterm_drains_and_ends_well(running: Process, tmp_path: Path) -> None:
     ]  # fmt: skip
     with socket.create_connection(("127.0.0.1", running.port)) as unfinished:
         unfinished.sendall(
-            f"POST /edits HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {TOKEN}\r\nContent-Length: 50\r\n\r\n{{".encode()
+            b"POST /edits HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer %s\r\nContent-Length: 50\r\n\r\n{"
+            % TOKEN.encode()
         )
         for thread in threads:
             thread.start()
