@@ -86,6 +86,8 @@ class Generator:
         with self._changed:
             if self._closed:
                 raise ApiError(503, "the service is stopping", code="stopping", headers={"Retry-After": "5"})
+            if len(self._waiting) >= self.limits.generating:  # those whose clients have left make way
+                self._waiting = deque(waiting for waiting in self._waiting if not waiting.cancelled)
             if len(self._waiting) >= self.limits.generating:
                 raise busy("completions")
             self._waiting.append(job)
@@ -154,7 +156,7 @@ class Generator:
                 attention_mask=mask,
                 generation_config=self._config(rows),
                 logits_processor=LogitsProcessorList([Draws(rows)]),
-                stopping_criteria=StoppingCriteriaList([Watch(rows, self._ends)]),
+                stopping_criteria=StoppingCriteriaList([Watch(rows, self._ends, self.limits.answer_seconds)]),
             )
         written = sum(len(row.tokens) for row in rows)
         for row in rows:

@@ -21,7 +21,7 @@ class Limits:
             once.
         generating, editing, rollbacks, inspecting: requests that may wait, each kind in a queue of its own.
         edits: of one batch; questions: of one preview.
-        drain_seconds: that requests under way have to end after SIGTERM.
+        answer_seconds: that a batch of answers may take; drain_seconds: that what runs has to end after SIGTERM.
 
     Raises:
         ValueError: a bound is not positive.
@@ -43,6 +43,7 @@ class Limits:
     rollbacks: int = 16
     inspecting: int = 16
     edits: int = 64
+    answer_seconds: float = 600.0
     questions: int = 32
     drain_seconds: float = 30.0
 

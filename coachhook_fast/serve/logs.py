@@ -12,7 +12,7 @@ import traceback
 import warnings
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from coachhook_fast.printable import one_line
 
@@ -66,5 +66,13 @@ def set_up() -> None:
     warnings.showwarning = _warned
 
 
-def _warned(_: Warning | str, category: type[Warning], filename: str, lineno: int, *__: Any) -> None:
+def _warned(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    del message, file, line  # a warning's words may quote an edit
     log("warning", logging.WARNING, kind=category.__name__, at=[f"{Path(filename).name}:{lineno}"])

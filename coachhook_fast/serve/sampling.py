@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 import torch
@@ -75,14 +76,18 @@ def _logprob(scores: Tensor, token: int, count: int) -> TokenLogprob:
 
 
 class Watch(StoppingCriteria):
-    """Hands each row its new token, and ends the rows that are done."""
+    """Hands each row its new token, and ends the rows that are done; all of them after `seconds`."""
 
-    def __init__(self, rows: Sequence[Row], ends: Sequence[int]) -> None:
+    def __init__(self, rows: Sequence[Row], ends: Sequence[int], seconds: float) -> None:
         self.rows, self.ends = rows, ends
+        self.due, self.seconds = time.monotonic() + seconds, seconds
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **_: object) -> Tensor:  # [B, p] -> [B] bool
         del scores
         for row, token in zip(self.rows, input_ids[:, -1].tolist(), strict=True):
             if not row.done:
                 row.push(token, self.ends)
+        if time.monotonic() > self.due:
+            for row in self.rows:
+                row.fail(ApiError(503, f"the answer took longer than {self.seconds:g} s", code="timeout"))
         return torch.tensor([row.done for row in self.rows], device=input_ids.device)

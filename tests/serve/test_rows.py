@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +14,7 @@ from tiny import EOS, tiny_tokenizer
 from coachhook_fast.serve.errors import ApiError
 from coachhook_fast.serve.generation import decoder
 from coachhook_fast.serve.rows import Piece, Row, Sampling
-from coachhook_fast.serve.sampling import Draws, draw
+from coachhook_fast.serve.sampling import Draws, Watch, draw
 
 DECODE = decoder(tiny_tokenizer())
 
@@ -102,3 +103,14 @@ def test_scores_that_are_no_numbers_end_their_row_alone(bad: float, temperature:
     assert [row.done for row in rows] == [True, False]
     assert isinstance(pieces[0].error, ApiError)
     assert pieces[0].error.status == 503
+
+
+def test_answers_that_take_too_long_end_with_an_error() -> None:
+    pieces: list[Piece] = []
+    row = Row(0, (1,), Sampling(max_tokens=9), DECODE, pieces.append)
+    watch = Watch([row], [], seconds=0.02)
+    assert not watch(torch.tensor([[5]]), torch.zeros(1, 9)).any()
+    time.sleep(0.03)
+    assert watch(torch.tensor([[5]]), torch.zeros(1, 9)).all()
+    assert isinstance(pieces[-1].error, ApiError)
+    assert "0.02 s" in pieces[-1].error.message
