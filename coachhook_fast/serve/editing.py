@@ -65,7 +65,7 @@ class Editing:
         self._publish()
         self.metrics.add("coachhook_edit_seconds_sum", batch.seconds)
         log("edited", batch=batch.id, edits=len(batch.outcomes), seconds=round(batch.seconds, 2))
-        return {**described(batch), "version": self.version}
+        return {**described(batch, range(len(batch.outcomes))), "version": self.version}
 
     def rollback(self, batch_id: str) -> dict[str, Any]:
         """Undoes a batch, on disk and in what is served. ApiError 404 where there is none; else as `edit`."""
@@ -75,10 +75,46 @@ class Editing:
         log("rolled_back", batch=batch_id)
         return {"rolled_back": batch_id, "version": self.version}
 
+    def remove(self, batch_id: str, index: int) -> dict[str, Any]:
+        """Undoes one fact of a batch, by its number there. ApiError 404 where there is none; else as `edit`."""
+        self.check_fact(batch_id, index)
+        self.editor.remove(batch_id, index, before_commit=self._save)
+        self._publish()
+        log("removed", batch=batch_id, index=index)
+        return {"removed": [batch_id, index], "version": self.version}
+
     def check_batch(self, batch_id: str) -> None:
         """ApiError 404 where the ledger has no batch of that id."""
         if batch_id not in [batch.id for batch in self.ledger]:
             raise ApiError(404, f"no batch {batch_id!r}", param="batch", code="batch_not_found")
+
+    def check_fact(self, batch_id: str, index: int) -> None:
+        """ApiError 404 where the batch has no fact of that number, or has it no more."""
+        self.check_batch(batch_id)
+        try:
+            self.editor.edit_set.place_of(batch_id, index)
+        except ValueError as error:
+            raise ApiError(404, str(error), param="index", code="fact_not_found") from None
+
+    def listed(self) -> dict[str, Any]:
+        """The ledger as JSON. Any thread may ask."""
+        edit_set = self.editor.edit_set
+        return {
+            "version": self.version,
+            "batches": [described(batch, edit_set.numbers(batch)) for batch in edit_set.batches],
+            "removed": [
+                {
+                    "batch": one.batch,
+                    "index": one.index,
+                    "text": one.request.text,
+                    "target_new": one.request.target_new,
+                    "time": one.time,
+                    "reason": one.reason,
+                    "by": one.by,
+                }
+                for one in edit_set.removed
+            ],
+        }
 
     def preview(self, requests: Sequence[EditRequest], questions: Sequence[str], max_tokens: int) -> dict[str, Any]:
         """What `edit` would do: how each request goes in, and what the model answers before and after, to what is
@@ -100,7 +136,7 @@ class Editing:
             )
         log("previewed", edits=len(requests), seconds=round(time.monotonic() - began, 2))
         return {
-            "edits": described(batch)["edits"],
+            "edits": described(batch, range(len(batch.outcomes)))["edits"],
             "answers": [
                 {
                     "edit": index,
@@ -137,13 +173,13 @@ class Editing:
             served.publish(self.editor.edit_set)
 
 
-def described(batch: Batch) -> dict[str, Any]:
-    """A ledger line as JSON: id, time, seconds and its facts, each with its state."""
+def described(batch: Batch, numbers: Sequence[int]) -> dict[str, Any]:
+    """A ledger line as JSON: id, time, seconds and its facts, each with its number and its state."""
     return {
         "id": batch.id,
         "time": batch.time,
         "seconds": batch.seconds,
-        "edits": [_fact(outcome) for outcome in batch.outcomes],
+        "edits": [{"index": number, **_fact(outcome)} for number, outcome in zip(numbers, batch.outcomes, strict=True)],
     }
 
 

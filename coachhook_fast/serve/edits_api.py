@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -12,7 +13,7 @@ from fastapi.responses import JSONResponse, Response
 
 from coachhook_fast.evaluate.inspect import inspect_prompt
 from coachhook_fast.request import EditRequest
-from coachhook_fast.serve.editing import Editing, described
+from coachhook_fast.serve.editing import Editing
 from coachhook_fast.serve.errors import ApiError, api_error
 from coachhook_fast.serve.limits import Limits, Places
 from coachhook_fast.serve.logs import log_error
@@ -60,8 +61,7 @@ def routes(editing: Editing, viewer: Served, tokenizer: Any, workers: Workers, l
 
     @router.get("/edits")
     async def edits() -> Any:
-        ledger, version = editing.ledger, editing.version
-        return JSONResponse({"version": version, "batches": [described(batch) for batch in ledger]})
+        return JSONResponse(editing.listed())
 
     @router.post("/edits")
     async def edit(request: Request) -> Response:
@@ -78,6 +78,13 @@ def routes(editing: Editing, viewer: Served, tokenizer: Any, workers: Workers, l
     async def rollback(batch: str) -> Response:
         editing.check_batch(batch)
         return await workers.run("rollbacks", editing.rollback, batch)
+
+    @router.delete("/edits/{batch}/{index}")
+    async def remove(batch: str, index: str) -> Response:
+        if not re.fullmatch("[0-9]{1,9}", index):
+            raise ApiError(400, f"a fact is named by its number in the batch, got {index!r}", param="index")
+        editing.check_fact(batch, int(index))
+        return await workers.run("rollbacks", editing.remove, batch, int(index))
 
     @router.post("/inspect")
     async def inspect(request: Request) -> Response:

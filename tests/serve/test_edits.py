@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import threading
 import time
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from serve_cases import CONFIG, FACTS, PROMPT, Running, ask, metrics_of, text_of
-from tiny import tiny_facts, tiny_model
+from tiny import tiny_model
 
 from coachhook_fast import files, load_edits
 from coachhook_fast.editing.key_memory import KeyMemory
@@ -178,6 +177,36 @@ def test_of_two_services_on_one_folder_the_second_is_refused(tmp_path: Path) -> 
         assert_served_is_on_disk(one)
 
 
+def test_a_single_fact_is_removed_and_a_new_answer_takes_the_old_ones_place(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = running.client()
+    batch = client.post("/edits", json={"edits": FACTS[:3]}).json()
+    assert [edit["index"] for edit in batch["edits"]] == [0, 1, 2]
+    place = f"/edits/{batch['id']}"
+    assert client.delete(f"{place}/1").json() == {"removed": [batch["id"], 1], "version": batch["id"]}
+    listed = client.get("/edits").json()
+    assert [edit["index"] for edit in listed["batches"][0]["edits"]] == [0, 2]
+    assert [(one["batch"], one["index"], one["reason"]) for one in listed["removed"]] == [(batch["id"], 1, "removed")]
+    for index, status in (("1", 404), ("7", 404), ("x", 400), ("-1", 400), ("9" * 30, 400)):
+        assert client.delete(f"{place}/{index}").status_code == status
+    assert client.delete("/edits/nothing/0").status_code == 404
+    assert_served_is_on_disk(running)
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "write_synced", lambda path, content: (_ for _ in ()).throw(OSError(errno.ENOSPC, "no")))
+        assert client.delete(f"{place}/2").status_code == 507
+        assert client.post("/edits", json={"edits": [{**FACTS[0], "target_new": "cook"}]}).status_code == 507
+    assert client.get("/edits").json() == listed
+    assert_served_is_on_disk(running)
+    changed = client.post("/edits", json={"edits": [{**FACTS[0], "target_new": "cook"}]}).json()
+    listed = client.get("/edits").json()
+    assert [[edit["target_new"] for edit in one["edits"]] for one in listed["batches"]] == [
+        [FACTS[2]["target_new"]], ["cook"],
+    ]  # fmt: skip
+    assert listed["removed"][-1]["by"] == changed["id"]
+    assert_served_is_on_disk(running)
+
+
 def test_a_fault_in_the_editor_leaves_the_service_healthy(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     client = running.client()
     client.post("/edits", json={"edits": FACTS[:2]})
@@ -212,7 +241,7 @@ def test_bad_edits_are_refused_by_name(running: Running) -> None:
         reply = client.post(path, json=body)
         assert reply.status_code == status, (path, reply.text)
         assert word in reply.json()["error"]["message"]
-    assert client.get("/edits").json() == {"version": "base", "batches": []}
+    assert client.get("/edits").json() == {"version": "base", "batches": [], "removed": []}
 
 
 def test_inspect_shows_the_gate_of_each_edit_set(running: Running) -> None:
@@ -265,14 +294,15 @@ def test_each_kind_waits_in_a_queue_of_its_own(tmp_path: Path, monkeypatch: pyte
         assert rolled == [200]
 
 
-def test_edits_and_answers_of_many_leave_no_memory_of_requests(running: Running) -> None:
-    """What waits is counted down again, whatever came of it."""
+def test_who_waited_is_counted_no_more(running: Running) -> None:
+    """Whatever came of it; an answer is counted until its batch has ended."""
     client = running.client()
-    client.post("/edits", json={"edits": [{**FACTS[0], "prompt": "x"}]})
+    assert client.post("/edits", json={"edits": [{**FACTS[0], "prompt": "{} {} x"}]}).status_code == 422
     client.post("/edits", json={"edits": FACTS[:1]})
     ask(client)
+    end = time.monotonic() + 20
+    while running.service.generator.taken and time.monotonic() < end:
+        time.sleep(0.01)
     values = metrics_of(client)
-    assert {kind: values[f'coachhook_waiting{{kind="{kind}"}}'] for kind in ("edits", "rollbacks", "completions")} == {
-        "edits": 0, "rollbacks": 0, "completions": 0,
-    }  # fmt: skip
-    assert json.dumps(tiny_facts(1))  # the helpers' facts are JSON
+    for kind in ("edits", "rollbacks", "inspections", "completions"):
+        assert values[f'coachhook_waiting{{kind="{kind}"}}'] == 0

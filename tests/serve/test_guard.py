@@ -22,7 +22,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::coachhook_fast.EditWarning")
 GUARDED = (
     ("POST", "/v1/completions"), ("POST", "/v1/chat/completions"), ("GET", "/v1/models"), ("GET", "/v1/models/base"),
     ("GET", "/edits"), ("POST", "/edits"), ("POST", "/edits/preview"), ("POST", "/edits/x/rollback"),
-    ("GET", "/metrics"), ("POST", "/inspect"), ("GET", "/docs"), ("GET", "/openapi.json"), ("GET", "/nothing"),
+    ("DELETE", "/edits/x/0"), ("GET", "/metrics"), ("POST", "/inspect"),
+    ("GET", "/docs"), ("GET", "/openapi.json"), ("GET", "/nothing"),
 )  # fmt: skip
 
 

@@ -164,6 +164,17 @@ def test_evil_text_is_text(running: Running) -> None:
         client.post(f"/edits/{made['id']}/rollback")
 
 
+def test_a_single_fact_is_removed(running: Running) -> None:
+    with running.client() as client:
+        made = client.post("/edits", json={"edits": FACTS[:2]}).json()
+        before, asked, after = shown(
+            running, ["show"], ["press", "ledger", "Remove"], ["show"], ["press", "ledger", "Remove"], ["show"]
+        )
+        assert len(rows(before, "ledger")) == len(rows(asked, "ledger")) == 2
+        assert [row[0] for row in rows(after, "ledger")] == [made["edits"][1]["text"]]
+        client.post(f"/edits/{made['id']}/rollback")
+
+
 def test_a_stranger_sees_no_fact_before_the_token(tmp_path: Path) -> None:
     with Running(tmp_path / "edits") as service:
         with service.client() as client:

@@ -10,12 +10,12 @@ function token() {
   try { return sessionStorage.getItem("token"); } catch { return null; }
 }
 
-async function call(path, body) {
+async function call(path, body, method = body === undefined ? "GET" : "POST") {
   const headers = {};
   if (token()) headers.Authorization = `Bearer ${token()}`;
   if (body !== undefined) headers["Content-Type"] = "application/json";
   const reply = await fetch(path, {
-    method: body === undefined ? "GET" : "POST", headers, body: body === undefined ? undefined : JSON.stringify(body),
+    method, headers, body: body === undefined ? undefined : JSON.stringify(body),
   });
   const answer = await reply.json();
   if (reply.status === 401) $("enter").hidden = false;
@@ -93,6 +93,7 @@ function showFacts() {
       cell(row, "Date", batch.time.replace("T", " ").slice(0, 16));
       const last = cell(row, "Batch", first ? `${batch.id} ` : "");
       if (first) last.append(undoButton(batch));
+      if (batch.edits.length > 1) last.append(removeButton(batch, fact));
       first = false;
       rows.push(row);
     }
@@ -103,24 +104,40 @@ function showFacts() {
 }
 
 // Two presses: the first asks.
-function undoButton(batch) {
-  const button = element("button", "Undo");
+function askingButton(text, question, label, work) {
+  const button = element("button", text);
   button.type = "button";
-  button.setAttribute("aria-label", `Undo batch ${visible(batch.id)} of ${batch.edits.length} facts`);
+  button.setAttribute("aria-label", label);
   let asked = 0;
   button.addEventListener("click", () => {
     if (Date.now() - asked > 5000) {
       asked = Date.now();
-      button.textContent = `Undo ${batch.edits.length}: sure?`;
+      button.textContent = question;
+      button.setAttribute("aria-label", `${label}: sure?`);
       return;
     }
-    doing(button, "Undoing", async () => {
-      await call(`/edits/${encodeURIComponent(batch.id)}/rollback`, {});
-      await reload();
-      return `Undone: batch ${visible(batch.id)}`;
-    });
+    doing(button, text, work);
   });
   return button;
+}
+
+const path = (batch) => `/edits/${encodeURIComponent(batch.id)}`;
+
+function undoButton(batch) {
+  const label = `Undo batch ${visible(batch.id)} of ${batch.edits.length} facts`;
+  return askingButton("Undo", `Undo ${batch.edits.length}: sure?`, label, async () => {
+    await call(`${path(batch)}/rollback`, {});
+    await reload();
+    return `Undone: batch ${visible(batch.id)}`;
+  });
+}
+
+function removeButton(batch, fact) {
+  return askingButton("Remove", "Remove this: sure?", `Remove ${visible(fact.text)}`, async () => {
+    await call(`${path(batch)}/${fact.index}`, undefined, "DELETE");
+    await reload();
+    return `Removed: ${visible(fact.text)}`;
+  });
 }
 
 // ------------------------------------------------------------------ adding
