@@ -21,7 +21,7 @@ from coachhook_fast.serve import edits_api, openai, page
 from coachhook_fast.serve.asking import Asking
 from coachhook_fast.serve.auth import Doorkeeper
 from coachhook_fast.serve.editing import Editing
-from coachhook_fast.serve.errors import ApiError
+from coachhook_fast.serve.errors import FAILED, ApiError
 from coachhook_fast.serve.generation import Generator
 from coachhook_fast.serve.guard import Guard
 from coachhook_fast.serve.limits import Limits
@@ -88,6 +88,7 @@ class Service:
         api = FastAPI(title="coachhook-fast", openapi_url=None, docs_url=None, redoc_url=None, lifespan=lifespan)
         api.add_exception_handler(ApiError, _refused)
         api.add_exception_handler(HTTPException, _refused)
+        api.add_exception_handler(Exception, _refused)
         api.include_router(page.routes())
         api.include_router(openai.routes(self.asking, self.served, int(time.time())))
         api.include_router(edits_api.routes(self.editing, self.viewer, tokenizer, self.workers, self.limits))
@@ -137,5 +138,5 @@ class Service:
 async def _refused(request: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException):
         error = ApiError(error.status_code, error.detail, headers=error.headers)
-    assert isinstance(error, ApiError)
-    return JSONResponse(error.to_dict(), error.status, error.headers)
+    told = error if isinstance(error, ApiError) else ApiError(500, FAILED, code="internal")
+    return JSONResponse(told.to_dict(), told.status, told.headers)

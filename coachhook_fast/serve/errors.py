@@ -10,6 +10,7 @@ from coachhook_fast.edits.store import ConflictError
 from coachhook_fast.printable import one_line
 
 _KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+FAILED = "the service failed at this request; its log says where"
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
@@ -56,4 +57,4 @@ def api_error(error: BaseException) -> ApiError:
         return ApiError(503, f"the system refused ({error.strerror}): nothing was changed", code="system")
     if isinstance(error, (ValueError, TypeError)):
         return ApiError(422, str(error), code="refused")
-    return ApiError(500, "the service failed at this request; its log says where", code="internal")
+    return ApiError(500, FAILED, code="internal")

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from coachhook_fast.serve.auth import Doorkeeper, Headers
-from coachhook_fast.serve.errors import ApiError
+from coachhook_fast.serve.errors import FAILED, ApiError
 from coachhook_fast.serve.limits import Limits
 from coachhook_fast.serve.logs import log, log_error
 from coachhook_fast.serve.metrics import Metrics
@@ -47,11 +47,10 @@ class Guard:
             pass
         except Exception as error:
             log_error("request_failed", error, id=request_id)
-            if answer.status is not None:
-                raise  # half an answer: the server closes the connection
-            await answer.refuse(
-                ApiError(500, "the service failed at this request; its log says where", code="internal")
-            )
+            if answer.status is None:
+                await answer.refuse(ApiError(500, FAILED, code="internal"))
+            elif not answer.complete:
+                raise  # the server closes the connection
         finally:
             self._note(scope, answer.status or 499, time.perf_counter() - began, request_id)
 
@@ -139,12 +138,17 @@ class _Answer:
     def __init__(self, send: Send) -> None:
         self._send = send
         self.status: int | None = None
+        self.complete = False
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            message["headers"] = [*message.get("headers", []), (b"x-content-type-options", b"nosniff")]
+            headers = [*message.get("headers", []), (b"x-content-type-options", b"nosniff")]
+            if not any(name.lower() == b"cache-control" for name, _ in headers):
+                headers.append((b"cache-control", b"no-store"))
+            message["headers"] = headers
         await self._send(message)
+        self.complete |= message["type"] == "http.response.body" and not message.get("more_body", False)
 
     async def refuse(self, error: ApiError) -> None:
         """The answer, and the end of the connection: what is left of a body is not waited for."""

@@ -297,3 +297,20 @@ def test_a_long_prompt_is_made_into_tokens_off_the_event_loop(tmp_path: Path) ->
         go_on.set()
         asking.join()
         assert codes == [200]
+
+
+def test_a_fault_of_the_service_is_told_without_its_words(
+    running: Running, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("a word of the request")
+
+    monkeypatch.setattr(running.service.editing, "listed", broken)
+    with running.client() as client:
+        reply = client.get("/edits")
+        assert (reply.status_code, reply.json()["error"]["code"]) == (500, "internal")
+        assert reply.headers["cache-control"] == "no-store"
+        assert "a word" not in reply.text
+        monkeypatch.undo()
+        assert client.get("/edits").status_code == 200
+    assert "a word" not in caplog.text

@@ -210,3 +210,12 @@ def test_a_browser_shows_the_facts_and_obeys_none_of_their_markup(running: Runni
     assert "&lt;img src=x onerror=document.title='broken'&gt; Ann is" in done.stdout
     assert "<title>coachhook: edited facts</title>" in done.stdout
     assert "<img" not in done.stdout
+
+
+def test_the_page_is_in_the_package() -> None:
+    """Its folder is no package of its own: the pattern that installs it names it."""
+    text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    patterns = re.search(r'\[tool\.setuptools\.package-data\]\n"\*" = (\[.*\])', text)
+    assert patterns is not None
+    found = {path.name for pattern in json.loads(patterns[1]) for path in FOLDER.parent.glob(pattern)}
+    assert {"index.html", "page.css", "page.js"} <= found
