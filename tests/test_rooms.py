@@ -29,6 +29,7 @@ ROOMS = (
     "evaluate",
     "bench",
     "integrations",
+    "serve",
     "cli",
 )
 ALONE = set(ROOMS[: ROOMS.index("kernels")]) - {"config"}  # import nothing of ours; config its model_defaults and files

@@ -26,6 +26,7 @@ from coachhook_fast.cli import (
     inspect,
     log,
     rollback,
+    serve,
     stats,
     verify_edits,
     verify_vllm,
@@ -33,7 +34,9 @@ from coachhook_fast.cli import (
 from coachhook_fast.cli.common import console
 from coachhook_fast.printable import one_line
 
-VERBS = (stats, edit, evaluate, check, generate, inspect, log, rollback, bench, verify_edits, verify_vllm, doctor)
+VERBS = (
+    stats, edit, evaluate, check, generate, inspect, log, rollback, serve, bench, verify_edits, verify_vllm, doctor,
+)  # fmt: skip
 
 _DESCRIPTION = "Edit facts in a language model, in consecutive batches, without touching a base weight."
 _EXAMPLES = """examples:

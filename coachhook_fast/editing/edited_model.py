@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -40,6 +40,8 @@ from coachhook_fast.models.wrappers import base_to_edit, check_no_adapters
 from coachhook_fast.statistics.cache import model_statistics
 from coachhook_fast.statistics.corpus import Corpus
 from coachhook_fast.statistics.key_statistics import KeyStatistics
+
+BeforeCommit = Callable[[EditSet], None]
 
 
 class EditedModel:
@@ -188,6 +190,7 @@ class EditedModel:
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
+        self._handle.check_editable()
         try:
             yield
         finally:
@@ -218,23 +221,27 @@ class EditedModel:
 
     # ---------------------------------------------------------------- undo, save, switches
 
-    def rollback(self, batch_id: str) -> None:
+    def rollback(self, batch_id: str, *, before_commit: BeforeCommit | None = None) -> None:
         """Undoes one batch: afterwards deltas and thresholds are those of the other batches alone. What its edits had
         taken the place of does not come back.
+
+        Args:
+            before_commit: as for `Editor.edit`.
 
         Raises:
             ValueError: no such batch, or the key memory cannot give up its keys; nothing is changed then.
         """
         self._handle.check_editable()
         places = range(len(self.edit_set.find(batch_id).outcomes))
-        self._take_out({batch_id: places}, "rolled back")
+        self._take_out({batch_id: places}, "rolled back", before_commit)
 
-    def remove(self, batch_id: str, index: int) -> Removed:
+    def remove(self, batch_id: str, index: int, *, before_commit: BeforeCommit | None = None) -> Removed:
         """Undoes one fact of a batch: afterwards deltas, key memories and thresholds are those of the others alone, as
         docs/method.md section 7 defines it. The last one of a batch takes the batch with it, as `rollback` does.
 
         Args:
             index: the fact's number in the batch, counted from 0 as the batch was made: others keep theirs.
+            before_commit: as for `Editor.edit`.
 
         Raises:
             TypeError: index is no integer.
@@ -246,7 +253,7 @@ class EditedModel:
             'Rome'
         """
         self._handle.check_editable()
-        self._take_out({batch_id: [self.edit_set.place_of(batch_id, index)]}, "removed")
+        self._take_out({batch_id: [self.edit_set.place_of(batch_id, index)]}, "removed", before_commit)
         return self.edit_set.removed[-1]
 
     def restore(self, edit_set: EditSet) -> None:
@@ -269,12 +276,14 @@ class EditedModel:
             self._handle.publish(edit_set)
             self.edit_set, self.memories = edit_set, memories
 
-    def _take_out(self, places: Places, reason: str) -> None:
+    def _take_out(self, places: Places, reason: str, before: BeforeCommit | None) -> None:
         self._settle_thresholds()
         keys = removed_keys(self.edit_set, places)
         rest = without_requests(self.edit_set, places, self._threshold)
         rest = rest.with_removed(removals(self.edit_set, places, reason))
         with deferred(), each_or_none(self.memories, keys, forget=True):
+            if before is not None:
+                before(rest)
             self._handle.publish(rest)
             self.edit_set = rest
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime, timezone
 
 import torch
 from torch import Tensor
 
 from coachhook_fast.editing.answers import answers_of
-from coachhook_fast.editing.edited_model import EditedModel
+from coachhook_fast.editing.edited_model import BeforeCommit, EditedModel
 from coachhook_fast.editing.gradients import check_gradients
 from coachhook_fast.editing.hard_negatives import find_hard_negatives
 from coachhook_fast.editing.key_memory import KeyMemory
@@ -59,6 +60,7 @@ class Editor(EditedModel):
         require_said: bool = False,
         progress: bool = True,
         observer: Observer | None = None,
+        before_commit: BeforeCommit | None = None,
     ) -> Batch:
         """Applies one batch of edits; all of it, or, on any error or interrupt, nothing.
 
@@ -73,6 +75,8 @@ class Editor(EditedModel):
             progress: show a bar on stderr.
             observer: called as observer(event, layer, **tensors) with "values" (V), "update" (K as the layer learns it,
                 R, X, s, and N, of hard negatives and interfering keys) a layer and "threshold" (value) a layer.
+            before_commit: called with the new edit set before it takes the old one's place; what it raises leaves the
+                old one there. A service saves there, so that disk and model never differ.
 
         Raises:
             ValueError: see `request.tokenise_batch`, `optimise`, `KeyMemory.solve`, `without_requests`; or the editor
@@ -84,11 +88,42 @@ class Editor(EditedModel):
             >>> batch.outcomes[0].said
             True
         """
+        with self._all_or_nothing():
+            edited, memories, cache = self._edited(requests, progress, observer)
+            batch = edited.batches[-1]
+            if require_said:
+                check_said(batch.outcomes)
+            self._commit(edited, memories, before_commit)
+            cache.discard()
+        warn_of_weak(batch.outcomes, self.config)
+        return batch
+
+    @contextmanager
+    def trial(self, requests: Sequence[EditRequest], *, progress: bool = True) -> Iterator[Batch]:
+        """Within the block the model answers as after `edit(requests)`; afterwards all is as before, bit for bit.
+
+        Target values that were found stay in the cache: an edit of the same batch right after it is quick.
+
+        Raises:
+            ValueError: as `edit`.
+
+        Examples:
+            >>> with editor.trial([request]) as batch:
+            ...     print(batch.outcomes[0].answer, complete(model, tokenizer, questions))
+        """
+        with self._all_or_nothing():
+            edited, _, _ = self._edited(requests, progress, None)
+            yield edited.batches[-1]
+
+    def _edited(
+        self, requests: Sequence[EditRequest], progress: bool, observer: Observer | None
+    ) -> tuple[EditSet, list[KeyMemory], TargetCache]:
+        """What `edit` commits: the edit set with the batch, which the hooks serve already, the memories that are to
+        learn its keys, and its targets."""
         started = time.monotonic()
-        self._handle.check_editable()
         check_no_adapters(self.model)
         if torch.is_inference_mode_enabled():
-            raise ValueError("Editor.edit needs gradients: call it outside torch.inference_mode()")
+            raise ValueError("an edit needs gradients: call it outside torch.inference_mode()")
         check_batch(requests)
         replaced = superseded(self.edit_set, requests)
         if replaced:  # what cannot be taken out is said before any work
@@ -101,11 +136,7 @@ class Editor(EditedModel):
             self.collect_statistics(progress=progress)
         assert self.statistics is not None
         tell = observer or (lambda *_, **__: None)
-        with (
-            self._all_or_nothing(),
-            frozen(self.model),
-            track("editing", len(tokens), "edit", progress) as bar,
-        ):
+        with frozen(self.model), track("editing", len(tokens), "edit", progress) as bar:
             pad_id, limit = self._pad_id, self.config.pass_tokens
             start, memories = self._without(replaced)
             assignments = assign(start, tokens)
@@ -142,22 +173,16 @@ class Editor(EditedModel):
                 tell("threshold", layer, value=threshold.value)
             after = self._bare_outputs(tokens, assignments)
             answers = answers_of(self.partial, asked, pad_id=pad_id, max_tokens=limit)
-            outcomes = outcomes_of(tokens, ordered, v0, after, updated.leverages, answers, self.tokenizer)
-            if require_said:
-                check_said(outcomes)
             batch = Batch(
                 id=of_first_rank(uuid.uuid4().hex[:12]),
                 time=of_first_rank(datetime.now(timezone.utc).isoformat(timespec="seconds")),
-                outcomes=outcomes,
+                outcomes=outcomes_of(tokens, ordered, v0, after, updated.leverages, answers, self.tokenizer),
                 seconds=time.monotonic() - started,
                 layers=updated.layers,
                 thresholds=updated.edits.thresholds,
             )
             gone = removals(self.edit_set, replaced, "superseded", by=batch.id)
-            self._commit(updated.edits.with_batch(batch).with_removed(gone), memories)
-            cache.discard()
-        warn_of_weak(batch.outcomes, self.config)
-        return batch
+        return updated.edits.with_batch(batch).with_removed(gone), memories, cache
 
     def _find_wordings(self, requests: Sequence[EditRequest]) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
         """Paraphrases and prompts to keep of each request, beside its own."""
@@ -200,8 +225,10 @@ class Editor(EditedModel):
         self._handle.publish(start)
         return start, memories
 
-    def _commit(self, edited: EditSet, memories: list[KeyMemory]) -> None:
+    def _commit(self, edited: EditSet, memories: list[KeyMemory], before: BeforeCommit | None) -> None:
         """The point of no return: memories, hooks and edit set change together."""
         with deferred(), each_or_none(memories, [update.keys for update in edited.batches[-1].layers]):
+            if before is not None:
+                before(edited)
             self._handle.publish(edited)
             self.edit_set, self.memories = edited, memories

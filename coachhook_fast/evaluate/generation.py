@@ -57,7 +57,7 @@ def continue_greedily(
             raise ValueError(f"prompts[{index}] needs a token and a length >= 1, got {prompt} and {length}")
     written: list[Ids] = [()] * len(prompts)
     device = input_device(model)
-    ends = _end_tokens(model)
+    ends = end_tokens(model)
     with torch.no_grad(), track(description, len(prompts), "texts", progress) as bar:
         for batch in _batches(prompts, lengths, batch_tokens, MAX_LOGITS // model.config.get_text_config().vocab_size):
             ids, mask, _ = left_padded([prompts[index] for index in batch], device)
@@ -67,7 +67,7 @@ def continue_greedily(
             output = model.generate(
                 input_ids=ids,
                 attention_mask=mask,
-                generation_config=_config(longest, ends),
+                generation_config=greedy_config(longest, ends),
                 logits_processor=LogitsProcessorList([] if draws is None else [draws]),
             )
             for index, row in zip(batch, output[:, ids.shape[1] :].tolist(), strict=True):
@@ -177,7 +177,7 @@ def _batches(prompts: Sequence[Ids], lengths: Sequence[int], batch_tokens: int, 
         yield batch
 
 
-def _end_tokens(model: Any) -> list[int]:
+def end_tokens(model: Any) -> list[int]:
     for config in (model.generation_config, model.config.get_text_config()):
         ends = getattr(config, "eos_token_id", None)
         if ends is not None:
@@ -185,7 +185,7 @@ def _end_tokens(model: Any) -> list[int]:
     return []
 
 
-def _config(length: int, ends: list[int]) -> GenerationConfig:
+def greedy_config(length: int, ends: list[int]) -> GenerationConfig:
     """Plain greedy decoding; every field that a model's own generation config could bend is set."""
     return GenerationConfig(
         max_new_tokens=length,

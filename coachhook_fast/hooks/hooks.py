@@ -175,6 +175,30 @@ class Hooks:
         ):
             yield
 
+    @contextmanager
+    def pinned(self, name: str | None = DEFAULT) -> Iterator[None]:
+        """Within the block all rows of this thread's passes are served by the edit set `name` as it stands now.
+
+        DEFAULT is the one that `publish` set, None the base model, bit for bit. A text that is written within keeps to
+        one version, whatever is published meanwhile, at the cost of no gathering of rows.
+
+        with model.coachhook.pinned():
+            model.generate(**batch)
+
+        Raises:
+            ValueError: an unknown name; unloaded hooks; within another `pinned` or `select`.
+            RuntimeError: at the end of a block that another thread ends.
+        """
+        self.check_installed()
+        entries = self._versions.published()
+        if name is None:
+            entries = _asking(entries, "off")
+        elif name != DEFAULT:
+            _check_name(name, entries[0].adapters.keys())
+            entries = tuple(replace(entry, state=entry.adapters[name]) for entry in entries)
+        with self._versions.viewed(lambda _: entries):
+            yield
+
     def _check_calibrated(self) -> None:
         if self.hooks[0].gate != "calibrated":
             raise ValueError("several edit sets need the calibrated gate: the sequence gate's state is of one edit set")

@@ -178,3 +178,47 @@ def test_targets_found_before_an_interrupt_are_reused(monkeypatch: pytest.Monkey
     untroubled = edit(make(config=CONFIG.replace(max_batch_tokens=1)), facts(4))
     for one, other in zip(batch.layers, untroubled.layers, strict=True):
         torch.testing.assert_close(one.residuals, other.residuals, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("gate", ["calibrated", "sequence"])
+def test_a_trial_answers_as_the_edit_would_and_leaves_nothing(gate: str) -> None:
+    editor = make(config=CONFIG.replace(gate=gate))
+    edit(editor, facts(2))
+    before, edit_set = snapshot(editor), editor.edit_set
+    editor.disable()
+    with editor.trial(facts(3, seed=1), progress=False) as batch:
+        tried = logits(editor.model)
+        assert editor.edit_set is edit_set
+    assert [hook.mode for hook in editor.hooks] == ["off", "off"]  # as they were
+    editor.enable()
+    assert editor.edit_set is edit_set
+    assert_same(snapshot(editor), before)
+    made = edit(editor, facts(3, seed=1))
+    assert torch.equal(logits(editor.model), tried)
+    assert not torch.equal(tried, before[-1])
+    assert [outcome.answer for outcome in made.outcomes] == [outcome.answer for outcome in batch.outcomes]
+
+
+def test_an_error_before_the_commit_leaves_what_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A service saves there: a full disk must not leave the model ahead of it, or behind."""
+    editor = make()
+    first = edit(editor, facts(2))
+    before, edit_set = snapshot(editor), editor.edit_set
+    seen: list[Any] = []
+
+    def full(edited: Any) -> None:
+        seen.append(len(edited.batches))
+        raise OSError(28, "no space")
+
+    with pytest.raises(OSError, match="no space"):
+        edit(editor, facts(3, seed=1), before_commit=full)
+    with pytest.raises(OSError, match="no space"):
+        editor.rollback(first.id, before_commit=full)
+    assert seen == [2, 0]
+    assert editor.edit_set is edit_set
+    for one, other in zip(snapshot(editor), before, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)  # a memory is updated and downdated again
+    assert_same(snapshot(editor)[len(editor.memories) :], before[len(editor.memories) :])
+    editor.rollback(first.id, before_commit=lambda rest: seen.append(len(rest.batches)))
+    assert seen == [2, 0, 0]
+    assert editor.ledger == ()

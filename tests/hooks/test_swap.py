@@ -204,3 +204,31 @@ def test_editing_a_shared_weight_copy_while_the_model_serves() -> None:
     assert not load.problems
     assert torch.allclose(logits(model), versions[-1], atol=1e-5)
     assert not torch.allclose(versions[0], versions[1], atol=1e-3)
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_a_pinned_thread_keeps_its_version_over_many_passes(gate: str) -> None:
+    """What is published meanwhile reaches the other threads alone, and the base is there without `disable()`."""
+    old, new = edit_set(0, 2, gate), edit_set(1, 5, gate)
+    model = model_with(gate)
+    model.coachhook.publish(old)
+    found: list[Tensor] = []
+    with model.coachhook.pinned():
+        model.coachhook.publish(new)
+        found.append(logits(model))
+        other = threading.Thread(target=lambda: found.append(logits(model)))
+        other.start()
+        other.join()
+        with pytest.raises(ValueError, match="leave"), model.coachhook.pinned():
+            pass
+    assert torch.equal(found[0], alone(old))
+    assert torch.equal(found[1], alone(new))
+    with model.coachhook.pinned(None):
+        assert torch.equal(logits(model), alone(None))
+    assert torch.equal(logits(model), alone(new))
+    with pytest.raises(ValueError, match="'acme' is not among"), model.coachhook.pinned("acme"):
+        pass
+    if gate == "calibrated":
+        model.coachhook.add_edits("acme", old)
+        with model.coachhook.pinned("acme"):
+            assert torch.equal(logits(model), alone(old))
