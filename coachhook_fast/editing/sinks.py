@@ -47,9 +47,15 @@ def _moved(tokens: TokenisedRequest, lengths: Mapping[TokenRow, float]) -> Token
     if lengths[tokens.bare] <= bound and max(lengths.values()) <= bound:
         return tokens
     ordinary = next((row for row in (*tokens.rows, *lengths) if lengths[row] <= bound), tokens.bare)
-    others = {
-        name: tuple(row for row in getattr(tokens, name) if lengths[row] <= bound)
-        for name in ("paraphrases", "keep", "held")
-    }
-    kept = tuple(row if lengths[row] <= bound else ordinary for row in tokens.rows)
-    return replace(tokens, rows=kept, in_context_only=lengths[tokens.bare] > bound, **others)
+
+    def left(rows: Sequence[TokenRow]) -> tuple[TokenRow, ...]:
+        return tuple(row for row in rows if lengths[row] <= bound)
+
+    return replace(
+        tokens,
+        rows=tuple(row if lengths[row] <= bound else ordinary for row in tokens.rows),
+        in_context_only=lengths[tokens.bare] > bound,
+        paraphrases=left(tokens.paraphrases),
+        keep=left(tokens.keep),
+        held=left(tokens.held),
+    )

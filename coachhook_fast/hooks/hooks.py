@@ -240,7 +240,7 @@ class Hooks:
         """For an editor at work: these modes, whatever others have asked or ask meanwhile; None: what they ask."""
         for mode in modes or ():
             check_mode(mode)
-        self._switch(lambda position, switch: replace(switch, forced=modes and modes[position]))
+        self._switch(lambda position, switch: replace(switch, forced=None if modes is None else modes[position]))
 
     def enable(self) -> None:
         """Edits take effect (the state after installing); within `disabled()`, of any thread, when that ends."""

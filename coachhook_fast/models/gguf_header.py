@@ -39,7 +39,8 @@ def check_gguf_header(path: Path) -> None:
                     raise ValueError(f"it tells of {count} {what}, at most {most} are read")
             for _ in range(entries):
                 key = file.read(_length(file, _MOST_KEY, left)).decode()
-                _check_size(key, _value(file, *struct.unpack("<I", file.read(4)), left, 0))
+                (kind,) = struct.unpack("<I", file.read(4))
+                _check_size(key, _value(file, kind, left, 0))
     except (ValueError, struct.error, KeyError, OverflowError) as error:
         said = error if isinstance(error, ValueError) else "its header ends early or has a type that GGUF has not"
         raise ValueError(f"model {str(path)!r} is no GGUF file that can be loaded: {said}") from None

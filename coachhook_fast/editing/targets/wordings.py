@@ -163,7 +163,7 @@ class Wordings:
             nearest[question] = max(highest, nearest.get(question, highest))
         others = [
             wording
-            for wording in (*self.bank, *self.questions)
+            for wording in self.bank  # not the questions: chat templates are long, and all steps would carry them
             if not wording.plain
             and nearest[wording.kind, wording.relation] < _OTHER
             and (wording.kind == best.kind or not matched)
