@@ -42,6 +42,11 @@ class AddedDelta(nn.Module):
         self.register_buffer("delta", torch.zeros(out_features, in_features, device=_device(base_layer)))
         self.active = True
 
+    @property
+    def base(self) -> nn.Module:
+        """The wrapped layer, by the name that ours have; as `base_layer` the fingerprint sees through to it."""
+        return self.base_layer
+
     def forward(self, x: Tensor) -> Tensor:
         output: Tensor = self.base_layer(x)
         return output + F.linear(x, self.delta.to(x.dtype)) if self.active else output

@@ -191,7 +191,7 @@ def test_damaged_files_are_named(home: Path, capsys: pytest.CaptureFixture[str],
         assert f"model '{tmp_path / name}' could not be loaded" in fails(
             capsys, "generate", "--model", str(tmp_path / name), "x"
         )
-    assert f"model '{gguf}' could not be loaded" in fails(capsys, "generate", "--model", str(gguf), "x")
+    assert f"model '{gguf}' is no GGUF file that can be loaded" in fails(capsys, "generate", "--model", str(gguf), "x")
     assert f"{settings} is not YAML" in fails(
         capsys, "edit", *model(home), *facts(home), "--config", str(settings), *out(home, "never")
     )

@@ -156,13 +156,11 @@ def test_going_on_with_another_threshold_rule_calibrates_all_layers_anew(tmp_pat
 
 
 def test_keys_of_loaded_and_of_fresh_batches_are_read_together() -> None:
-    """Loaded batches lie on the CPU, fresh ones on the model's device: here the meta device stands for a GPU."""
+    """Batches that were loaded lie on the CPU, the layer on its device: here the meta device stands for a GPU."""
     editor = make()
     loaded, fresh = edit(editor, facts(2)), edit(editor, facts(1, seed=1))
-    update = fresh.layers[0]
-    moved = replace(update, keys=update.keys.to("meta"), residuals=update.residuals.to("meta"))
     deltas = (editor.edit_set.deltas[0].to(device="meta"), *editor.edit_set.deltas[1:])
-    both = replace(editor.edit_set, deltas=deltas, batches=(loaded, replace(fresh, layers=(moved, *fresh.layers[1:]))))
+    both = replace(editor.edit_set, deltas=deltas, batches=(loaded, fresh))
     assert both.edit_keys(0).shape == (editor.key_dim, 3)
     assert both.edit_keys(0).device.type == "meta"
 

@@ -94,6 +94,7 @@ def settings_of(gate: str, changes: dict[str, Any]) -> Settings:
 
 def config_of(settings: Settings) -> EditConfig:
     return EditConfig(
+        specific=False,  # the paper's descent; the other has its plain definition in test_specific.py
         layers=tuple(settings.layers),
         v_lr=settings.v_lr,
         v_num_grad_steps=settings.steps,

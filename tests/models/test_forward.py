@@ -100,6 +100,7 @@ def test_ffns_without_padding_change_no_real_token(family: str) -> None:
 def test_ffns_of_unknown_families_keep_their_padding() -> None:
     """They may look at other tokens, so nothing is taken out of their sight."""
     model = tiny_model("llama", dtype=torch.float32)
+    model.config.model_type = "nobody's"
     names = {"layer_module_tmp": "model.layers.{}", "rewrite_module_tmp": "model.layers.{}.mlp.down_proj"}
     partial, batch = PartialModel(model, layout_of(model, **names)), setup("llama")[1]
     whole = model(**batch.columns(0)).logits
