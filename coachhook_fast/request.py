@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from coachhook_fast.chat import answer_bounds
+
 SLOT = "{}"
 
 
@@ -149,7 +151,14 @@ def _subject_start(prompt: str, subject: str) -> int:
 
 
 def prompt_row(tokenizer: Any, prompt: str, subject: str, target: str | None = None, *, before: str = "") -> TokenRow:
-    """Tokens of one prompt about `subject` (in its slot, else the last time it stands there), behind `before`."""
+    """Tokens of one prompt about `subject` (in its slot, else the last time it stands there), behind `before`.
+
+    Where the prompt is a chat's up to where the answer begins, the template's end of an answer belongs to the target:
+    without it a model that was taught the target says it over and over.
+    """
+    if target is not None:
+        before_answer, behind_answer = answer_bounds(tokenizer) or ("", "")
+        target += behind_answer if before_answer and prompt.endswith(before_answer) else ""
     start = _subject_start(prompt, subject)
     prefix = f"{before}. " if before else ""
     text, end = prefix + filled(prompt, subject), len(prefix) + start + len(subject.rstrip())

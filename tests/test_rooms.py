@@ -16,6 +16,7 @@ ROOMS = (
     "printable",
     "model_defaults",
     "config",
+    "chat",
     "request",
     "progress",
     "interrupts",
@@ -32,7 +33,8 @@ ROOMS = (
     "serve",
     "cli",
 )
-ALONE = set(ROOMS[: ROOMS.index("kernels")]) - {"config"}  # import nothing of ours; config its model_defaults and files
+# Import nothing of ours; config its model_defaults and files, request its chat.
+ALONE = set(ROOMS[: ROOMS.index("kernels")]) - {"config", "request"}
 
 
 def sources() -> Iterator[tuple[str, Path]]:

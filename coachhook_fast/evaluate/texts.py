@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from coachhook_fast.chat import chat_text
 from coachhook_fast.evaluate.base import BaseAnswers
 from coachhook_fast.evaluate.generation import continue_greedily
 from coachhook_fast.evaluate.mentions import mentions
@@ -144,11 +145,9 @@ class _Judge:
 
 def _chat_ids(tokenizer: Any, text: str) -> Ids | None:
     """The edit prompt as a user's request, up to where the assistant begins; None without a chat template."""
-    if getattr(tokenizer, "chat_template", None) is None:
+    chat = chat_text(tokenizer, text if text.rstrip().endswith("?") else CHAT_REQUEST.replace("{}", text))
+    if chat is None:
         return None
-    request = text if text.rstrip().endswith("?") else CHAT_REQUEST.replace("{}", text)
-    turns = [{"role": "user", "content": request}]
-    chat = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     return tuple(tokenizer(chat, add_special_tokens=False)["input_ids"])  # the template writes its own
 
 

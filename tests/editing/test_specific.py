@@ -10,6 +10,7 @@ import torch
 from editor_cases import CONFIG, edit, facts, logits, make
 from tiny import tiny_model, tiny_tokenizer
 
+from coachhook_fast.chat import answer_bounds
 from coachhook_fast.config import PAPER, EditConfig
 from coachhook_fast.editing.keys import bare_outputs
 from coachhook_fast.editing.targets.descent import NormalisedDescent
@@ -18,7 +19,7 @@ from coachhook_fast.editing.targets.wordings import Wordings, as_asked, read_wor
 from coachhook_fast.edits.edit_set import LayerUpdate
 from coachhook_fast.models.architectures import layout_of
 from coachhook_fast.models.passes.forward import PartialModel, frozen
-from coachhook_fast.request import EditRequest, TokenisedRequest, TokenRow, tokenise_batch
+from coachhook_fast.request import EditRequest, TokenisedRequest, TokenRow, prompt_row, tokenise_batch
 
 SPECIFIC: dict[str, Any] = {"specific": True, "v_lr": None, "found_paraphrases": 2, "found_keep": 12}
 
@@ -285,3 +286,25 @@ def test_every_third_paraphrase_is_a_question() -> None:
     assert not first.startswith("{}")
     assert second.startswith("{}")
     assert third == "Question: What is the occupation of {}?\nAnswer:"
+
+
+CHAT = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% if m.role == 'assistant' %}<end>{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def test_an_answer_in_a_chat_ends() -> None:
+    tokenizer = tiny_tokenizer()
+    assert answer_bounds(tokenizer) is None
+    tokenizer.chat_template = CHAT
+    assert answer_bounds(tokenizer) == ("<assistant>", "<end>")
+    prompt = as_asked(tokenizer, "Where was {} born?")
+    assert prompt == "<user>Where was {} born?\n<assistant>"
+    row = prompt_row(tokenizer, prompt, "Ada Vale", "Oslo")
+    assert tokenizer.decode(row.target).replace(" ", "") == "Oslo<end>"
+    assert prompt_row(tokenizer, "{} was born in", "Ada Vale", "Oslo").target == tuple(
+        tokenizer(" Oslo", add_special_tokens=False)["input_ids"]
+    )
+    tokenizer.chat_template = "{{ messages[0].content }}"  # nothing tells where an answer begins
+    assert answer_bounds(tokenizer) is None

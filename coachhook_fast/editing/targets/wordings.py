@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from coachhook_fast.chat import chat_text
 from coachhook_fast.models.passes.forward import PartialModel, align_rows
 from coachhook_fast.request import SLOT, EditRequest, filled, prompt_ids, slotted, subject_key
 
@@ -75,15 +76,13 @@ def read_wordings() -> tuple[Wording, ...]:
 
 def as_asked(tokenizer: Any, question: str) -> str:
     """The text behind which a model answers `question`: the tokenizer's chat template where it has one."""
-    if getattr(tokenizer, "chat_template", None):
-        message = [{"role": "user", "content": question}]
-        text = str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
-        begin = tokenizer.bos_token
-        if begin and text.startswith(begin) and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id:
-            text = text[len(begin) :]  # tokenising puts it there again
-        if text.count(SLOT) == 1:
-            return text
-    return f"Question: {question}\nAnswer:"
+    text = chat_text(tokenizer, question)
+    if text is None or text.count(SLOT) != 1:
+        return f"Question: {question}\nAnswer:"
+    begin = tokenizer.bos_token
+    if begin and text.startswith(begin) and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id:
+        text = text[len(begin) :]  # tokenising puts it there again
+    return text
 
 
 class Wordings:
