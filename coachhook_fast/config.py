@@ -231,7 +231,7 @@ class EditConfig:
         for name in ("specific", "threshold_relative", "threshold_whitened"):
             if not isinstance(getattr(self, name), (bool, type(None))):
                 raise TypeError(f"{name} must be true, false or null, got {getattr(self, name)!r}")
-            if name != "specific" and getattr(self, name) and self.gate != "calibrated":
+            if name.startswith("threshold") and getattr(self, name) and self.gate != "calibrated":
                 raise ValueError(f"{name} must be false where the gate is {self.gate!r}, got true")
         if self.other_layers_weight is not None:
             _check_number("other_layers_weight", self.other_layers_weight, above=0.0)

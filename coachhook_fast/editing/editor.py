@@ -193,7 +193,7 @@ class Editor(EditedModel):
             return [((), ())] * len(requests)
         with self.disabled(), frozen(self.model):
             if self._wordings is None:
-                self._wordings = Wordings(self.partial, self.tokenizer, pad_id=self._pad_id)
+                self._wordings = Wordings(self.partial, self.tokenizer, self.model_id, pad_id=self._pad_id)
             return self._wordings.find(requests, paraphrases=paraphrases, keep=keep)
 
     def _bare_outputs(self, batch: Sequence[TokenisedRequest], assignments: Sequence[Assignment]) -> Tensor:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
+from safetensors.torch import load, save_file
+from torch import Tensor
 
+from coachhook_fast import files
 from coachhook_fast.models.loading import cache_dir
 
 
@@ -33,3 +37,24 @@ def is_there(path: Path) -> bool:
         return path.is_file()
     except OSError:
         return False
+
+
+def cached_tensors(path: Path, what: str) -> dict[str, Tensor]:
+    """The tensors of a safetensors file of the cache; none where there is no such file, or where it cannot be read,
+    which a warning says: `what` are found anew then."""
+    if not is_there(path):
+        return {}
+    try:
+        return load(files.read_bytes(path, most=files.MOST_TENSORS))
+    except (OSError, ValueError, KeyError, SafetensorError) as error:  # a disk that was full
+        warnings.warn(f"{path} cannot be read ({error}); its {what} are found anew", stacklevel=3)
+        return {}
+
+
+def cache_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes the file; a reader sees the old one or the new one, whole."""
+    with if_possible():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staging = path.with_suffix(f".{os.getpid()}.tmp")
+        save_file(dict(tensors), staging)
+        staging.replace(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -136,7 +137,7 @@ def test_values_are_those_of_the_plain_definition_however_requests_are_grouped(f
 
 def test_nothing_is_kept_that_the_batch_asks_about_the_subject() -> None:
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
-    wordings = Wordings(PartialModel(model, layout_of(model)), tokenizer, pad_id=0)
+    wordings = Wordings(PartialModel(model, layout_of(model)), tokenizer, "tiny", pad_id=0)
     work = EditRequest("{} works as a", "Ada Vale", "pilot", paraphrases=["The home of {} is in"])
     birth = EditRequest("{} was born in", "ada vale", "Oslo")
     (paraphrases, keep), _ = wordings.find([work, birth], paraphrases=3, keep=500)
@@ -280,7 +281,7 @@ def test_a_question_is_read_as_somebody_asks_it() -> None:
 
 def test_every_third_paraphrase_is_a_question() -> None:
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
-    wordings = Wordings(PartialModel(model, layout_of(model)), tokenizer, pad_id=0)
+    wordings = Wordings(PartialModel(model, layout_of(model)), tokenizer, "tiny", pad_id=0)
     ((paraphrases, _),) = wordings.find([EditRequest("{} works as a", "Ada Vale", "pilot")], paraphrases=3, keep=0)
     first, second, third = paraphrases
     assert not first.startswith("{}")
@@ -289,7 +290,8 @@ def test_every_third_paraphrase_is_a_question() -> None:
 
 
 CHAT = (
-    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% if m.role == 'assistant' %}<end>{% endif %}{{ '\n' }}{% endfor %}"
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}"
+    "{% if m.role == 'assistant' %}<end>{% endif %}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 
@@ -308,3 +310,28 @@ def test_an_answer_in_a_chat_ends() -> None:
     )
     tokenizer.chat_template = "{{ messages[0].content }}"  # nothing tells where an answer begins
     assert answer_bounds(tokenizer) is None
+
+
+def test_the_bank_is_read_once_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COACHHOOK_CACHE", str(tmp_path))
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    partial, request = PartialModel(model, layout_of(model)), EditRequest("{} works as a", "Ada Vale", "pilot")
+
+    def found(model_id: str = "one") -> Any:
+        return Wordings(partial, tokenizer, model_id, pad_id=0).find([request], paraphrases=3, keep=9)
+
+    wanted = found()
+    (file,) = tmp_path.rglob("*.safetensors")
+    before = file.read_bytes()
+    with monkeypatch.context() as patch:
+        passes: list[int] = []
+        run = partial.run
+        patch.setattr(partial, "run", lambda *a, **k: (passes.append(1), run(*a, **k))[1])
+        assert found() == wanted
+        assert len(passes) == 1, "only the prompt is read"
+    assert found("another") == wanted
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 2
+    file.write_bytes(before[:1000])  # a copy that was cut off
+    with pytest.warns(UserWarning, match="states are found anew"):
+        assert found() == wanted
+    assert file.read_bytes() == before

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import math
-import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save_file
 
-from coachhook_fast import files
 from coachhook_fast.editing.targets.optimise import Target
-from coachhook_fast.models.caches import if_possible, is_there
+from coachhook_fast.models.caches import cache_tensors, cached_tensors, if_possible, is_there
 
 _VALUE, _RUN = "value.", "run."
 
@@ -22,13 +18,7 @@ _VALUE, _RUN = "value.", "run."
 def read_targets(path: Path, width: int, count: int) -> dict[int, Target]:
     """Targets of a batch of `count` requests by position, of those that are [width] and finite; the others, and all of
     a file that cannot be read, are to be found anew, which a warning says."""
-    if not is_there(path):
-        return {}
-    try:
-        tensors = load(files.read_bytes(path, most=files.MOST_TENSORS))
-    except (OSError, ValueError, KeyError, SafetensorError) as error:  # a disk that was full
-        warnings.warn(f"{path} cannot be read ({error}); its targets are found anew", stacklevel=2)
-        return {}
+    tensors = cached_tensors(path, "targets")
     found: dict[int, Target] = {}
     for name in tensors:
         index = name.removeprefix(_VALUE)
@@ -48,11 +38,7 @@ def write_targets(path: Path, found: Mapping[int, Target]) -> None:
     tensors = {f"{_VALUE}{index}": target.value.cpu().contiguous() for index, target in kept.items()}
     for index, target in kept.items():
         tensors[f"{_RUN}{index}"] = torch.tensor([target.loss, target.steps], dtype=torch.float64)
-    with if_possible():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        staging = path.with_suffix(f".{os.getpid()}.tmp")
-        save_file(tensors, staging)
-        staging.replace(path)
+    cache_tensors(path, tensors)
 
 
 def discard_targets(path: Path) -> None:

@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from coachhook_fast.chat import chat_text
+from coachhook_fast.editing.targets.bank import cached_states
 from coachhook_fast.models.passes.forward import PartialModel, align_rows
 from coachhook_fast.request import SLOT, EditRequest, filled, prompt_ids, slotted, subject_key
 
@@ -91,8 +92,11 @@ class Wordings:
     The bank is read once, with the model as it stands; the caller switches edits off.
     """
 
-    def __init__(self, partial: PartialModel, tokenizer: Any, *, pad_id: int) -> None:
+    def __init__(self, partial: PartialModel, tokenizer: Any, model_id: str, *, pad_id: int) -> None:
+        """`model_id`: the model's fingerprint, under which what it makes of the bank is cached."""
         self._partial, self._tokenizer, self._pad_id = partial, tokenizer, pad_id
+        count = len(partial.blocks)
+        self._blocks = sorted({min(count - 1, round(depth * count)) for depth in _DEPTHS})
         wordings = read_wordings()
         # As somebody asks it, which is long: prompts are compared with the others alone.
         self.questions = [
@@ -106,7 +110,8 @@ class Wordings:
         held = Counter(word for words in questions.values() for word in words)
         self._rarity = {word: math.log(len(questions) / count) for word, count in held.items()}
         self._unknown = math.log(len(questions))
-        states = self._states([wording.text for wording in self.bank])
+        rows = self._rows([wording.text for wording in self.bank])
+        states = cached_states(model_id, rows, self._blocks, lambda: self._states(rows))
         self._mean = states.mean(0)
         self._states_of_bank = normalize(states - self._mean, dim=-1)
 
@@ -119,7 +124,7 @@ class Wordings:
             [slotted(text, request.subject) for text in (request.prompt, *request.paraphrases)] for request in requests
         ]
         templates = list(dict.fromkeys(template for group in asked for template in group))
-        states = normalize(self._states(templates) - self._mean, dim=-1)
+        states = normalize(self._states(self._rows(templates)) - self._mean, dim=-1)
         near = torch.einsum("rcd,bcd->rb", states, self._states_of_bank) / states.shape[1]
         scores = {t: self._scores(t, row) for t, row in zip(templates, near.tolist(), strict=True)}
         subjects: dict[str, set[str]] = {}
@@ -169,15 +174,14 @@ class Wordings:
         ]
         return tuple(same), tuple(_spread(others, request.text)[:keep])
 
+    def _rows(self, templates: Sequence[str]) -> list[list[int]]:
+        """Tokens of each template about each of _SUBJECTS."""
+        return [prompt_ids(self._tokenizer, filled(text, subject)) for text in templates for subject in _SUBJECTS]
+
     @torch.no_grad()
-    def _states(self, templates: Sequence[str]) -> Tensor:
-        """[T, subjects * depths, m] fp32: states at the last token."""
-        count = len(self._partial.blocks)
-        blocks = sorted({min(count - 1, round(depth * count)) for depth in _DEPTHS})
-        rows = []
-        for template in templates:
-            for subject in _SUBJECTS:
-                rows.append(prompt_ids(self._tokenizer, filled(template, subject)))
+    def _states(self, rows: Sequence[list[int]]) -> Tensor:
+        """[T, subjects * depths, m] fp32: states at the last token of `_rows` of T templates."""
+        blocks = self._blocks
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         found: list[Tensor] = [torch.empty(0)] * len(rows)
         for start in range(0, len(order), _ROWS):
@@ -189,7 +193,7 @@ class Wordings:
             states = torch.stack([kept.outputs[block][:, tokens.lookup].float().cpu() for block in blocks], dim=1)
             for i, state in zip(part, states, strict=True):
                 found[i] = state
-        return torch.stack(found).unflatten(0, (len(templates), len(_SUBJECTS))).flatten(1, 2)
+        return torch.stack(found).unflatten(0, (-1, len(_SUBJECTS))).flatten(1, 2)
 
 
 def _same(one: Wording, other: Wording) -> bool:
