@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from pathlib import Path
 
 from coachhook_fast.cli.common import Report, add_edits, add_model, load_model, note
-from coachhook_fast.printable import printable
 
 NAME = "inspect"
 HELP = "Show each token's norm, z and gate decision in every edited layer, in colour."
@@ -31,10 +29,8 @@ def run(arguments: argparse.Namespace) -> Report:
     from coachhook_fast.hooks.load_edits import load_edits
 
     inspection = inspect_prompt(load_edits(model, arguments.edits), tokenizer, arguments.prompt)
-    tokens = tuple(printable(token, keep="\n\t") for token in inspection.tokens)
-    shown = dataclasses.replace(inspection, prompt=printable(inspection.prompt, keep="\n\t"), tokens=tokens)
     for path, write in ((arguments.html, write_html), (arguments.png, write_png)):
         if path is not None:
-            write(shown, path)
+            write(inspection, path)
             note(f"wrote {path}")
-    return Report(inspection.to_dict(), lambda console: console.print(as_table(shown)))
+    return Report(inspection.to_dict(), lambda console: console.print(as_table(inspection)))

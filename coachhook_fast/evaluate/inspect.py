@@ -22,10 +22,13 @@ from coachhook_fast.hooks.hooks import hooks_of
 from coachhook_fast.hooks.layer import GateTrace, HookLinear
 from coachhook_fast.models.loading import context_length
 from coachhook_fast.models.placement import input_device
+from coachhook_fast.printable import printable
 from coachhook_fast.request import prompt_ids
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+_LAYOUT = "\n\t"  # a page shows them as spaces
 
 
 @dataclass(frozen=True)
@@ -195,7 +198,7 @@ def write_html(inspection: Inspection, path: str | Path) -> None:
     page = (
         '<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>coachhook inspect</title>\n'
         f"<style>{_STYLE}</style>\n<h1>What the gate sees</h1>\n"
-        f"<p>Prompt: <q>{html.escape(inspection.prompt)}</q></p>\n"
+        f"<p>Prompt: <q>{html.escape(printable(inspection.prompt, keep=_LAYOUT))}</q></p>\n"
         f"<p>Gate <code>{inspection.gate}</code>. A cell holds {inspection.measure} and z. "
         f"The edit fires where {compared} reaches "
         f"{_symbol(inspection)}: ● in a red frame.</p>\n"
@@ -232,8 +235,8 @@ def write_png(inspection: Inspection, path: str | Path) -> None:
 
 
 def visible(token: str) -> str:
-    """A token with its spaces and line breaks made visible."""
-    return token.replace("\\", "\\\\").replace("\n", "\\n").replace("\t", "\\t").replace(" ", "·")
+    """A token with its spaces, line breaks and what a terminal or browser would obey made visible."""
+    return printable(token.replace("\\", "\\\\")).replace(" ", "·")
 
 
 def _symbol(inspection: Inspection) -> str:

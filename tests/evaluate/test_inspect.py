@@ -124,6 +124,19 @@ def test_png(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_visible() -> None:
     assert visible(" a\nb\\n") == "·a\\nb\\\\n"
+    assert visible("\x1b[2J\u202e\ud800") == r"\x1b[2J\u202e\ud800"
+
+
+def test_nothing_in_a_prompt_is_obeyed_where_it_is_shown(tmp_path: Path) -> None:
+    evil = "\x1b]0;t\x07\x9b31m\u202eab\ud800\r"
+    one = torch.ones(1, 1)
+    found = Inspection(evil, (evil,), (3,), "calibrated", (1,), (1.0,), one, one, one.bool())
+    write_html(found, tmp_path / "view.html")
+    page = (tmp_path / "view.html").read_text(encoding="utf-8")
+    cells = "".join(str(cell) for cell in as_table(found).columns[0].cells)
+    for shown in (page, cells):
+        assert not set(evil) & set(shown) & set("\x1b\x07\x9b\u202e\ud800\r")
+        assert r"\x1b]0;t\x07\x9b31m\u202eab\ud800\r" in shown
 
 
 def test_bad_input() -> None:
