@@ -25,12 +25,13 @@ from coachhook_fast.config import EditConfig
 from coachhook_fast.editing.editor import Editor
 from coachhook_fast.edits.edit_set import Batch
 from coachhook_fast.evaluate.scoring import Pair, encode_pair, score_distinct
-from coachhook_fast.models.loading import load_model
-from coachhook_fast.request import EditRequest
+from coachhook_fast.models.loading import context_length, load_model
+from coachhook_fast.request import EditRequest, tokenise_batch
 from coachhook_fast.statistics.corpus import Corpus
 
 Texts = str | Sequence[str]
 Inputs = Mapping[str, Mapping[str, Any]]
+Answers = Mapping[Pair, Sequence[int]]  # a fact's questions, and the tokens predicted
 _NO_ANSWER = "<|endoftext|>"  # EasyEdit's ground truth where none is given
 _WITHOUT_MEANING = {"train_ds", "keep_original_weight", "copy", "return_orig_weights", "loc_prompts"}
 _TOKEN_ACCURACY = ("exact match", "token_em", "token em")  # EasyEdit's names of its default
@@ -77,11 +78,8 @@ class CoachHooKHyperParams:
         return cls(values["model_name"], config, **known)
 
     def __post_init__(self) -> None:
-        if type(self.batch_size) is not int or self.batch_size < 1:
-            raise ValueError(f"batch_size must be an integer of at least 1, got {self.batch_size!r}")
-        for name in ("fp16", "model_parallel"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        _check_batch_size(self.batch_size)
+        _check_flags(fp16=self.fp16, model_parallel=self.model_parallel)
         if isinstance(self.device, bool) or not isinstance(self.device, (int, str, type(None))):
             raise TypeError(f"device must be a GPU's number or a device's name, got {self.device!r}")
 
@@ -143,23 +141,25 @@ class BaseEditor:
         *,
         subject: Texts | None = None,
         train_rephrase: bool = False,
+        batch_size: int = 1,
         **kwargs: Any,
     ) -> tuple[list[dict[str, Any]], Any, Callable[[], None]]:
-        """Edits fact by fact and measures each before and after.
+        """Edits batch by batch and measures each fact before and after.
 
         Args:
             prompts, target_new, ground_truth, subject: one text a fact; the subject stands in its prompt.
             rephrase_prompts: one text, or list of texts, a fact: measured, and not learned from.
             locality_inputs, portability_inputs: {name: {"prompt": [...], "ground_truth": [...]}} with one text, list of
                 texts or None a fact.
-            sequential_edit: True: every fact stays, and all are measured after the last; False: each is measured alone
+            sequential_edit: True: every batch stays, and all are measured after the last; False: each is measured alone
                 and then undone, so that the model is as before at the end.
             train_rephrase: the edit learns from the rephrase prompts too; a score on them is none of generality then.
+            batch_size: facts a batch.
 
         Returns:
             (metrics, edited model, weights_copy): a dictionary a fact with `case_id`, `requested_rewrite`, `pre` and
             `post`, in which accuracies are lists of token accuracies, one a prompt; the model; and a function that
-            undoes what this call left edited.
+            goes back to the edits that the model had before this call.
 
         Raises:
             ValueError, TypeError: lists of different lengths, a fact that is no edit, an argument that is not known
@@ -169,41 +169,24 @@ class BaseEditor:
             metrics, model, _ = editor.edit("Ann is a", "baker", subject="Ann", sequential_edit=True)
             metrics[0]["post"]["rewrite_acc"]                                                              # [1.0]
         """
+        _check_others(kwargs)
+        _check_flags(sequential_edit=sequential_edit, verbose=verbose, train_rephrase=train_rephrase)
+        _check_batch_size(batch_size)
         facts = self._facts(
             prompts, target_new, ground_truth, rephrase_prompts, locality_inputs, portability_inputs, subject,
-            train_rephrase, kwargs,
+            train_rephrase,
         )  # fmt: skip
-        return self._run([[fact] for fact in facts], keep=sequential_edit, verbose=verbose)
+        batches = [facts[start : start + batch_size] for start in range(0, len(facts), batch_size)]
+        return self._run(batches, keep=sequential_edit, verbose=verbose)
 
-    def batch_edit(
-        self,
-        prompts: Sequence[str],
-        target_new: Sequence[str],
-        ground_truth: Sequence[str] | None = None,
-        rephrase_prompts: Texts | None = None,
-        locality_inputs: Inputs | None = None,
-        portability_inputs: Inputs | None = None,
-        sequential_edit: bool = False,
-        verbose: bool = True,
-        *,
-        subject: Texts | None = None,
-        train_rephrase: bool = False,
-        **kwargs: Any,
-    ) -> tuple[list[dict[str, Any]], Any, Callable[[], None]]:
+    def batch_edit(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Any]], Any, Callable[[], None]]:
         """As `edit`, with `hparams.batch_size` facts a batch."""
-        facts = self._facts(
-            prompts, target_new, ground_truth, rephrase_prompts, locality_inputs, portability_inputs, subject,
-            train_rephrase, kwargs,
-        )  # fmt: skip
-        size = self.hparams.batch_size
-        chunks = [facts[start : start + size] for start in range(0, len(facts), size)]
-        return self._run(chunks, keep=sequential_edit, verbose=verbose)
+        return self.edit(*args, batch_size=self.hparams.batch_size, **kwargs)
 
     def _facts(
         self, prompts: Texts, target_new: Texts, ground_truth: Texts | None, rephrase: Any, locality: Inputs | None,
-        portability: Inputs | None, subject: Texts | None, train_rephrase: bool, others: dict[str, Any],
+        portability: Inputs | None, subject: Texts | None, train_rephrase: bool,
     ) -> list[_Fact]:  # fmt: skip
-        _check_others(others)
         asked = _texts("prompts", prompts, None)
         if not asked:
             raise ValueError("prompts must hold a fact or more, got none")
@@ -231,42 +214,43 @@ class BaseEditor:
     def _run(
         self, batches: Sequence[Sequence[_Fact]], *, keep: bool, verbose: bool
     ) -> tuple[list[dict[str, Any]], Any, Callable[[], None]]:
+        editor, edits = self.editor, [[fact.edit for fact in batch] for batch in batches]
+        for number, requests in enumerate(edits, 1):  # all of them before the first is edited
+            try:
+                tokenise_batch(requests, self.tok, editor.edit_set.contexts, context_length(self.model))
+            except ValueError as error:
+                raise ValueError(f"batch {number}: {error}") from None
         facts = [fact for batch in batches for fact in batch]
         before = self._answers(facts)
-        metrics: list[dict[str, Any]] = [{} for _ in facts]
-        if self.editor.statistics is None:
-            self.editor.collect_statistics(self._corpus, progress=verbose)
-        made: list[Batch] = []
+        if editor.statistics is None:
+            editor.collect_statistics(self._corpus, progress=verbose)
+        earlier = editor.edit_set
 
         def undo() -> None:
-            while made:
-                self.editor.rollback(made[-1].id)
-                made.pop()
+            editor.restore(earlier)  # and not by rollbacks: an edit may have taken an earlier one's place
 
-        try:
-            done = 0
-            for batch in batches:
-                made.append(self.editor.edit([fact.edit for fact in batch], progress=verbose))
-                if not keep:
-                    after = self._answers(batch)
-                    for place, found in enumerate(after, done):
-                        metrics[place] = _metrics(facts[place], place, before[place], found, made[-1])
-                    undo()
-                done += len(batch)
-            if keep:
-                owners = [batch for batch, group in zip(made, batches, strict=True) for _ in group]
+        after: list[Answers] = []
+        if keep:
+            try:
+                made = [editor.edit(requests, progress=verbose) for requests in edits]
                 after = self._answers(facts)
-                for place, (found, owner) in enumerate(zip(after, owners, strict=True)):
-                    metrics[place] = _metrics(facts[place], place, before[place], found, owner)
-        except BaseException:
-            undo()
-            raise
+            except BaseException:
+                undo()
+                raise
+        else:
+            made = []
+            for batch, requests in zip(batches, edits, strict=True):
+                with editor.trial(requests, progress=verbose) as one:
+                    made.append(one)
+                    after += self._answers(batch)
+        owners = [one for one, batch in zip(made, batches, strict=True) for _ in batch]
+        metrics = [_metrics(*line) for line in zip(facts, range(len(facts)), before, after, owners, strict=True)]
         if verbose:
             for line in metrics:
                 _log.info("%d editing: %s", line["case_id"], line)
         return metrics, self.model, undo
 
-    def _answers(self, facts: Sequence[_Fact]) -> list[dict[Pair, tuple[int, ...]]]:
+    def _answers(self, facts: Sequence[_Fact]) -> list[Answers]:
         """The tokens that the model predicts at each question's answer, a fact."""
         scores = score_distinct(self.model, [pair for fact in facts for pair in fact.pairs])
         return [{pair: scores[pair].predictions for pair in fact.pairs} for fact in facts]
@@ -297,9 +281,7 @@ def _questions(request: Mapping[str, Any], tok: Any) -> dict[tuple[str, str], li
     return found
 
 
-def _metrics(
-    fact: _Fact, place: int, before: Mapping[Pair, Sequence[int]], after: Mapping[Pair, Sequence[int]], batch: Batch
-) -> dict[str, Any]:
+def _metrics(fact: _Fact, place: int, before: Answers, after: Answers, batch: Batch) -> dict[str, Any]:
     pre: dict[str, Any] = {"portability": {}}
     post: dict[str, Any] = {"locality": {}, "portability": {}}
     for (group, name), pairs in fact.questions.items():
@@ -359,6 +341,17 @@ def _entries(name: str, value: Any, count: int) -> list[Any]:
 
 def _listed(value: Any) -> list[Any]:
     return [value] if isinstance(value, str) or not isinstance(value, Iterable) else list(value)
+
+
+def _check_batch_size(size: object) -> None:
+    if type(size) is not int or size < 1:
+        raise ValueError(f"batch_size must be an integer of at least 1, got {size!r}")
+
+
+def _check_flags(**flags: object) -> None:
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be true or false, got {value!r}")
 
 
 def _check_others(others: Mapping[str, Any]) -> None:

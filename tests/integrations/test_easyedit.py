@@ -121,6 +121,24 @@ def test_edits_that_are_not_sequential_are_measured_alone_and_undone(hparams: Pa
 
 
 @pytest.mark.filterwarnings("ignore::coachhook_fast.EditWarning")
+def test_what_was_edited_before_is_there_again_where_a_call_took_its_place(hparams: Path) -> None:
+    found = editor(hparams)
+    fact = {name: value for name, value in data(1).items() if name in ("prompts", "subject", "target_new")}
+    found.edit(**fact, sequential_edit=True)
+    first, before = found.editor.edit_set, logits(found.model)
+    other = {**fact, "target_new": ["cook"]}
+    found.edit(**other)
+    assert found.editor.edit_set is first  # nothing in the ledger, of what was removed neither
+    assert torch.equal(logits(found.model), before)
+    twice = {name: value * 2 for name, value in other.items()}
+    _, _, undo = found.edit(**{**twice, "target_new": ["cook", "sailor"]}, sequential_edit=True)
+    assert [request.target_new for request in found.editor.edit_set.requests] == ["sailor"]
+    undo()
+    assert found.editor.edit_set is first
+    assert torch.equal(logits(found.model), before)
+
+
+@pytest.mark.filterwarnings("ignore::coachhook_fast.EditWarning")
 def test_rephrase_prompts_are_learned_from_only_where_asked(hparams: Path) -> None:
     found = editor(hparams)
     found.edit(**data(1), sequential_edit=True)
@@ -136,6 +154,8 @@ def test_batches_have_the_files_size(hparams: Path) -> None:
     metrics, _, _ = found.batch_edit(**data(3), sequential_edit=True)
     assert [len(batch.requests) for batch in found.editor.ledger] == [2, 1]
     assert len(metrics) == 3
+    with pytest.raises(ValueError, match="batch_size must be an integer of at least 1, got 0"):
+        found.edit(**data(3), batch_size=0)
 
 
 def test_hparams_files_are_read_as_they_are(hparams: Path) -> None:
@@ -177,6 +197,8 @@ def test_a_pair_of_model_and_tokenizer_is_a_model_name(hparams: Path) -> None:
         ({"test_generation": True}, ValueError, "test_generation is not measured"),
         ({"eval_metric": "ppl"}, ValueError, "eval_metric must be one of"),
         ({"speed": 3}, TypeError, r"\['speed'\]"),
+        ({"sequential_edit": "no"}, TypeError, "sequential_edit must be true or false, got 'no'"),
+        ({"prompts": ["Ann works as a", "Ann " * 400], "subject": ["Ann", "Ann"]}, ValueError, r"batch 2: .*context is"),
     ],
 )
 def test_bad_arguments_are_named_before_anything_is_edited(
