@@ -8,6 +8,7 @@ import secrets
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from coachhook_fast.models.loading import context_length
@@ -184,6 +185,4 @@ def _listed(prompt: Any) -> list[Any]:
 
 def _of_copy(sampling: Sampling, index: int) -> Sampling:
     """Each answer has a seed of its own."""
-    from dataclasses import replace
-
     return replace(sampling, seed=(sampling.seed * 1_000_003 + index) % 2**63)

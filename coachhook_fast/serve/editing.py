@@ -127,13 +127,14 @@ class Editing:
         asked = self._asked(requests, questions)
         prompts = list(dict.fromkeys(prompt for _, _, prompt in asked))
         editor = self.editor
-        before = dict(
-            zip(prompts, complete(editor.model, editor.tokenizer, prompts, max_new_tokens=max_tokens), strict=True)
-        )
+
+        def answers() -> dict[str, str]:
+            texts = complete(editor.model, editor.tokenizer, prompts, max_new_tokens=max_tokens)
+            return dict(zip(prompts, texts, strict=True))
+
+        before = answers()
         with editor.trial(requests, progress=False) as batch:
-            after = dict(
-                zip(prompts, complete(editor.model, editor.tokenizer, prompts, max_new_tokens=max_tokens), strict=True)
-            )
+            after = answers()
         log("previewed", edits=len(requests), seconds=round(time.monotonic() - began, 2))
         return {
             "edits": described(batch, range(len(batch.outcomes)))["edits"],

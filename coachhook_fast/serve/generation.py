@@ -9,11 +9,11 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from coachhook_fast.evaluate.generation import end_tokens, greedy_config
 from coachhook_fast.evaluate.scoring import left_padded
@@ -27,7 +27,7 @@ from coachhook_fast.serve.sampling import Draws, Watch
 from coachhook_fast.serve.served import Served
 
 
-@dataclass
+@dataclass(eq=False)  # told apart by being another, in queues too
 class Job:
     """The answers of one request.
 
@@ -39,7 +39,7 @@ class Job:
     name: str
     rows: Sequence[Row]
     version: str | None = None
-    cancelled: bool = field(default=False)
+    cancelled: bool = False
 
     @property
     def tokens(self) -> int:
@@ -93,11 +93,11 @@ class Generator:
             self._waiting.append(job)
             self._changed.notify()
 
-    def close(self, *, cancel: bool = True) -> None:
-        """Takes no more, and ends its threads: after what runs and waits, or `cancel` all of that."""
+    def close(self) -> None:
+        """Takes no more, cancels what runs and waits, and ends its threads."""
         with self._changed:
             self._closed = True
-            jobs = [*self._waiting, *self._running] if cancel else []
+            jobs = [*self._waiting, *self._running]
             self._changed.notify_all()
         for job in jobs:
             job.cancel()
@@ -154,7 +154,7 @@ class Generator:
             self.served.model.generate(
                 input_ids=ids,
                 attention_mask=mask,
-                generation_config=self._config(rows),
+                generation_config=greedy_config(max(row.sampling.max_tokens for row in rows), self._ends),
                 logits_processor=LogitsProcessorList([Draws(rows)]),
                 stopping_criteria=StoppingCriteriaList([Watch(rows, self._ends, self.limits.answer_seconds)]),
             )
@@ -165,9 +165,6 @@ class Generator:
         self.metrics.add("coachhook_generated_tokens_total", written)
         self.metrics.add("coachhook_prompt_tokens_total", sum(len(row.prompt) for row in rows))
         self.metrics.add("coachhook_cancelled_total", sum(len(job.rows) for job in batch if job.cancelled))
-
-    def _config(self, rows: Sequence[Row]) -> GenerationConfig:
-        return greedy_config(max(row.sampling.max_tokens for row in rows), self._ends)
 
 
 def decoder(tokenizer: Any) -> Any:

@@ -37,7 +37,6 @@ class Guard:
             await self.app(scope, receive, send)
             return
         began, answer, request_id = time.perf_counter(), _Answer(send), uuid.uuid4().hex[:12]
-        scope.setdefault("state", {})["request_id"] = request_id
         try:
             content = await self._admit(scope, receive)
             await self.app(scope, _given(content, receive), answer.send)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -107,10 +108,12 @@ def _usage(answers: Answers, prompts: Sequence[Ids]) -> dict[str, int]:
     return {"prompt_tokens": asked, "completion_tokens": written, "total_tokens": asked + written}
 
 
-class _Form:
+class _Form(ABC):
     """The shape of an answer; `version` is the edits' that wrote it."""
 
-    prefix = kind = chunk_kind = ""
+    prefix: ClassVar[str]  # of its id
+    kind: ClassVar[str]  # of an answer in one piece, and of a stream's chunks
+    chunk_kind: ClassVar[str]
 
     def __init__(self, tokenizer: Any, model: str) -> None:
         self.tokenizer, self.model = tokenizer, model
@@ -130,11 +133,13 @@ class _Form:
         """What a stream says of an answer before its text."""
         return None
 
+    @abstractmethod
     def part(self, piece: Piece) -> dict[str, Any]:
-        raise NotImplementedError
+        """What a stream says of one piece of an answer."""
 
+    @abstractmethod
     def choice(self, index: int, pieces: Sequence[Piece]) -> dict[str, Any]:
-        raise NotImplementedError
+        """A whole answer."""
 
     def _token(self, token: int) -> str:
         return str(self.tokenizer.decode([token]))

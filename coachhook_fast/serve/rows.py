@@ -47,7 +47,7 @@ class Piece:
     logprobs: tuple[TokenLogprob, ...] = ()
 
 
-@dataclass
+@dataclass(eq=False)
 class Row:
     """An answer under way, in the thread that writes it.
 
