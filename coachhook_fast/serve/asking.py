@@ -119,35 +119,45 @@ class Asking:
 
     def start(self, name: str, prompts: Sequence[Ids], sampling: Sampling, n: int) -> Answers:
         """Puts n answers to each prompt into the queue. ApiError as `Generator.submit`."""
-        answers = Answers(asyncio.get_running_loop())
+        inbox = Inbox(asyncio.get_running_loop())
         rows = [
             Row(
                 index=index * n + copy,
                 prompt=prompt,
                 sampling=_of_copy(sampling, index * n + copy),
                 decode=decoder(self.tokenizer),
-                emit=answers.emit,
+                emit=inbox.put,
             )
             for index, prompt in enumerate(prompts)
             for copy in range(n)
         ]
-        answers.job = Job(name, rows)
-        self.generator.submit(answers.job)
-        return answers
+        job = Job(name, rows)
+        self.generator.submit(job)
+        return Answers(job, inbox)
+
+
+class Inbox:
+    """What threads say to a request. It knows nothing of its job, whose rows know it: a circle would keep both, with
+    prompts and answers, until the garbage collector comes by."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._pieces: asyncio.Queue[Piece | None] = asyncio.Queue()
+
+    def put(self, piece: Piece | None) -> None:
+        """From any thread; None: the client has left."""
+        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            self._loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
+
+    async def get(self) -> Piece | None:
+        return await self._pieces.get()
 
 
 class Answers:
     """The pieces of a job's answers as they come from its thread."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        self._pieces: asyncio.Queue[Piece | None] = asyncio.Queue()
-        self.job: Job = Job("", [])
-
-    def emit(self, piece: Piece | None) -> None:
-        """From any thread; None: the client has left."""
-        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
-            self._loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
+    def __init__(self, job: Job, inbox: Inbox) -> None:
+        self.job, self._inbox = job, inbox
 
     async def pieces(self, receive: Callable[[], Any]) -> AsyncIterator[Piece]:
         """Until every answer has ended, or, by `receive`, the client has left: then all of them end.
@@ -155,11 +165,11 @@ class Answers:
         Raises:
             ApiError: an answer failed.
         """
-        left = asyncio.ensure_future(_left(receive, self.emit))
+        left = asyncio.ensure_future(_left(receive, self._inbox.put))
         open_answers = len(self.job.rows)
         try:
             while open_answers:
-                piece = await self._pieces.get()
+                piece = await self._inbox.get()
                 if piece is None:
                     return
                 if piece.error is not None:

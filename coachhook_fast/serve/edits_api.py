@@ -38,6 +38,8 @@ class Workers:
         with self.places[kind].one():
             try:
                 return JSONResponse(await asyncio.get_running_loop().run_in_executor(pool, work, *args))
+            except ApiError:
+                raise
             except Exception as error:
                 told = api_error(error)
                 if told.status >= 500:

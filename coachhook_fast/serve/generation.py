@@ -118,6 +118,7 @@ class Generator:
             finally:
                 with self._changed:
                     self._running = [job for job in self._running if job not in batch]
+                batch.clear()  # it may be long until the next one
 
     def _take(self) -> list[Job]:
         """The job that waited longest, and those behind it that fit into its batch; none after the end."""

@@ -13,7 +13,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from coachhook_fast.serve.asking import Answers, Asking, Ids
-from coachhook_fast.serve.errors import ApiError, api_error
+from coachhook_fast.serve.errors import ApiError
 from coachhook_fast.serve.rows import Piece, TokenLogprob
 from coachhook_fast.serve.schemas import DEFAULT_TOKENS, ChatBody, CompletionBody, read
 from coachhook_fast.serve.served import Served
@@ -69,11 +69,8 @@ async def _answer(
             headers={"Cache-Control": "no-store"},
         )
     found: dict[int, list[Piece]] = {row.index: [] for row in answers.job.rows}
-    try:
-        async for piece in pieces:
-            found[piece.index].append(piece)
-    except Exception as error:  # of a worker: as a client is told
-        raise api_error(error) from error
+    async for piece in pieces:
+        found[piece.index].append(piece)
     form.version = answers.job.version
     choices = [form.choice(index, some) for index, some in sorted(found.items())]
     return JSONResponse(form.head() | {"choices": choices, "usage": _usage(answers, prompts)})
@@ -91,8 +88,8 @@ async def _events(
             form.version = answers.job.version
             if piece.text or piece.finish or piece.logprobs:
                 yield _event(form.head(chunk=True) | {"choices": [form.part(piece)]})
-    except Exception as error:  # the status is sent already: the stream says it
-        yield _event(api_error(error).to_dict())
+    except ApiError as error:  # the status is sent already: the stream says it
+        yield _event(error.to_dict())
         return
     if usage:
         yield _event(form.head(chunk=True) | {"choices": [], "usage": _usage(answers, prompts)})

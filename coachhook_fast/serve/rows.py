@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from coachhook_fast.serve.errors import ApiError
+
 _UNFINISHED = "\ufffd"  # what a decoder gives for the first bytes of a character
 Emit = Callable[["Piece"], None]
 
@@ -43,7 +45,7 @@ class Piece:
     index: int
     text: str = ""
     finish: str | None = None
-    error: BaseException | None = None
+    error: ApiError | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
 
 
@@ -91,7 +93,7 @@ class Row:
         """The log-probabilities of the token that `push` brings next."""
         self._logprobs.append(logprob)
 
-    def fail(self, error: BaseException) -> None:
+    def fail(self, error: ApiError) -> None:
         """The answer ends with an error."""
         if not self.done:
             self.done = True

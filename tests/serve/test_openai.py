@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -205,3 +208,27 @@ def test_batches_answer_as_single_requests_do(gate: str, tmp_path: Path) -> None
         batches = service.service.metrics.text({})
         count = next(line for line in batches.splitlines() if line.startswith("coachhook_batches_generated_total"))
         assert float(count.rpartition(" ")[2]) < 2 * len(cases) + 1  # some went together
+
+
+def test_an_answer_that_was_given_is_kept_by_nobody(tmp_path: Path) -> None:
+    """Without the garbage collector: among a model's objects it comes by seldom, and finds prompts and answers late."""
+    with Running(tmp_path / "edits", workers=1) as service, service.client() as client:
+        jobs: list[weakref.ref[Any]] = []
+        start = service.service.asking.start
+
+        def watched(*args: Any) -> Any:
+            answers = start(*args)
+            jobs.append(weakref.ref(answers.job))
+            return answers
+
+        service.service.asking.start = watched  # type: ignore[method-assign]
+        gc.disable()
+        try:
+            ask(client)
+            assert client.post("/v1/completions", json={"prompt": PROMPT, "stream": True}).text.endswith("[DONE]\n\n")
+            end = time.monotonic() + 5
+            while any(job() is not None for job in jobs) and time.monotonic() < end:
+                time.sleep(0.01)
+            assert [job() for job in jobs] == [None, None]
+        finally:
+            gc.enable()
