@@ -60,7 +60,11 @@ class Asking:
         if not getattr(self.tokenizer, "chat_template", None):
             raise ApiError(400, "the model has no chat template: use /v1/completions", code="no_chat_template")
         messages = [
-            {"role": "system" if message.role == "developer" else message.role, "content": message.text}
+            {
+                "role": "system" if message.role == "developer" else message.role,
+                "content": message.text,
+                **({} if message.name is None else {"name": message.name}),
+            }
             for message in body.messages
         ]
 

@@ -49,8 +49,7 @@ def routes(asking: Asking, served: Served, began: int) -> APIRouter:
         body = read(ChatBody, await request.body())
         served.check_name(body.model)
         prompts = await asking.chat_ids(body)
-        wanted = body.max_completion_tokens or body.max_tokens
-        sampling = asking.sampling(body, prompts, wanted, asking.limits.new_tokens)
+        sampling = asking.sampling(body, prompts, body.wanted, asking.limits.new_tokens)
         answers = asking.start(body.model, prompts, sampling, body.n or 1)
         return await _answer(request, body, answers, _Chat(asking.tokenizer, body.model), prompts)
 

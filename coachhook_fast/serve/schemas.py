@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -40,7 +40,7 @@ class _Strict(BaseModel):
 
 class StreamOptions(_Strict):
     include_usage: bool = False
-    include_obfuscation: bool = False
+    include_obfuscation: Literal[False] = False
 
 
 class _Sampling(_Strict):
@@ -63,6 +63,12 @@ class _Sampling(_Strict):
             if name in data and data[name] not in neutral:
                 raise ValueError(f"{name} is not supported, other than as {neutral[-1]!r}")
         return {name: value for name, value in data.items() if name not in IGNORED and name not in NEUTRAL}
+
+    @model_validator(mode="after")
+    def _usage_of_a_stream(self) -> _Sampling:
+        if self.stream_options is not None and self.stream_options.include_usage and not self.stream:
+            raise ValueError("stream_options.include_usage is for a stream: set stream to true")
+        return self
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -98,6 +104,19 @@ class ChatBody(_Sampling):
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
+
+    @model_validator(mode="after")
+    def _one_meaning(self) -> ChatBody:
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs is for logprobs: set logprobs to true")
+        if None not in (self.max_tokens, self.wanted) and self.max_tokens != self.wanted:
+            raise ValueError("max_tokens and max_completion_tokens are one setting: give one of them")
+        return self
+
+    @property
+    def wanted(self) -> int | None:
+        """Tokens to write."""
+        return self.max_completion_tokens or self.max_tokens
 
 
 class Fact(_Strict):

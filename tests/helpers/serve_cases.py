@@ -23,7 +23,7 @@ PROMPT = tiny_texts()[0]
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message.role == 'system' and not loop.first %}{{ raise_exception('system comes first') }}{% endif %}"
-    "{{ message.role }}: {{ message.content }}\n{% endfor %}"
+    "{{ message.role }}{% if message.name %} {{ message.name }}{% endif %}: {{ message.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
 )
 

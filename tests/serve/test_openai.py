@@ -106,9 +106,9 @@ def test_streams_say_what_answers_say(client: Any) -> None:
 def test_chat_goes_through_the_template(client: Any) -> None:
     messages = [
         {"role": "developer", "content": "Be brief."},
-        {"role": "user", "content": [{"type": "text", "text": "Hm?"}]},
+        {"role": "user", "name": "Ann", "content": [{"type": "text", "text": "Hm?"}]},
     ]
-    text = "system: Be brief.\nuser: Hm?\nassistant:"
+    text = "system: Be brief.\nuser Ann: Hm?\nassistant:"
     made = client.chat.completions.create(model="base", messages=messages, max_completion_tokens=6, temperature=0)
     assert made.choices[0].message.content == plain(None, text, 6)
     assert made.choices[0].message.role == "assistant"
@@ -177,6 +177,19 @@ def test_what_is_not_supported_is_refused_by_name(client: Any) -> None:
         extra_body={"store": None},
     )
     assert made.usage.completion_tokens == 1
+
+
+def test_no_request_means_less_than_it_says(client: Any) -> None:
+    chat = {"model": "base", "messages": [{"role": "user", "content": "a"}], "max_tokens": 1}
+    for options, word in (
+        ({"top_logprobs": 2}, "top_logprobs is for logprobs"), ({"max_completion_tokens": 2}, "one setting"),
+        ({"extra_body": {"stream_options": {"include_usage": True}}}, "is for a stream"),
+        ({"stream": True, "stream_options": {"include_obfuscation": True}}, "include_obfuscation"),
+    ):  # fmt: skip
+        with pytest.raises(openai.BadRequestError, match=word):
+            client.chat.completions.create(**{**chat, **options})
+    neutral = {"top_logprobs": 0, "max_completion_tokens": 1, "logprobs": False}
+    assert client.chat.completions.create(**{**chat, **neutral}).usage.completion_tokens == 1
 
 
 @pytest.mark.parametrize("gate", ["calibrated", "sequence"])
