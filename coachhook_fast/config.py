@@ -333,6 +333,16 @@ class EditConfig:
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The settings that a YAML file names, less those of EasyEdit's that have no meaning here."""
+    return settings_in(yaml_mapping(path))
+
+
+def settings_in(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a YAML file's `values` that are settings, by their names of today."""
+    return current_names({key: number_in(value) for key, value in values.items() if key not in _EASYEDIT_ONLY})
+
+
+def yaml_mapping(path: str | Path) -> dict[str, Any]:
+    """All that a YAML file says. ValueError where it is no YAML, or no mapping."""
     try:
         values = yaml.safe_load(files.read_text(Path(path), most=files.MOST_SETTINGS))
     except yaml.YAMLError as error:
@@ -341,7 +351,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path} is nested too deeply") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a mapping of settings, got {type(values).__name__}")
-    return current_names({key: number_in(value) for key, value in values.items() if key not in _EASYEDIT_ONLY})
+    return values
 
 
 def current_names(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ reads: one row per context (the bare prompt last) with prompt, target and lookup
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -46,7 +47,7 @@ class EditRequest:
             value = getattr(self, name)
             if not isinstance(value, str):
                 raise TypeError(f"EditRequest.{name} must be a string, got {value!r}")
-            if not value.strip():
+            if _blank(value):
                 raise ValueError(f"EditRequest.{name} is empty: {value!r} (case {self.case_id})")
         if self.ground_truth is not None and not isinstance(self.ground_truth, str):
             raise TypeError(f"EditRequest.ground_truth must be a string or None, got {self.ground_truth!r}")
@@ -73,7 +74,7 @@ class EditRequest:
             raise ValueError(f"EditRequest.keep holds what is to change: {sorted(both)}")
 
     def _check_prompt(self, name: str, text: str) -> None:
-        if not text.strip():
+        if _blank(text):
             raise ValueError(f"EditRequest.{name} is empty: {text!r} (case {self.case_id})")
         slots = text.count(SLOT)
         if slots > 1:
@@ -261,6 +262,11 @@ def asks_the_same(one: EditRequest, other: EditRequest) -> bool:
         == sorted(_words(slotted(text, other.subject)) for text in getattr(other, name))
         for name in ("paraphrases", "keep")
     )
+
+
+def _blank(text: str) -> bool:
+    """Whether nothing of it is seen: spaces, controls and characters without width alone."""
+    return all(character.isspace() or unicodedata.category(character) in ("Cc", "Cf") for character in text)
 
 
 def _words(text: str) -> str:

@@ -15,6 +15,8 @@ from coachhook_fast.request import encode_prompt_target, last_token_before, toke
         ({"prompt": "The tower is in", "subject": "Eiffel", "target_new": "Rome"}, "subject 'Eiffel' does not stand"),
         ({"prompt": "{} is in {}", "subject": "Eiffel", "target_new": "Rome"}, "has 2 slots"),
         ({"prompt": "{} is in", "subject": " ", "target_new": "Rome"}, "subject is empty"),
+        ({"prompt": "{} is in", "subject": "\u200b\u2060 ", "target_new": "Rome"}, "subject is empty"),
+        ({"prompt": "{} is in", "subject": "\x00", "target_new": "Rome"}, "subject is empty"),
         ({"prompt": "{} is in", "subject": "Eiffel", "target_new": "\n"}, "target_new is empty"),
         ({"prompt": "", "subject": "Eiffel", "target_new": "Rome"}, "prompt is empty"),
     ],

@@ -18,10 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
-from coachhook_fast import files
-from coachhook_fast.config import EditConfig
+from coachhook_fast.config import EditConfig, settings_in, yaml_mapping
 from coachhook_fast.editing.editor import Editor
 from coachhook_fast.edits.edit_set import Batch
 from coachhook_fast.evaluate.scoring import Pair, encode_pair, score_distinct
@@ -70,8 +68,8 @@ class CoachHooKHyperParams:
         """
         path = Path(hparams_name_or_path)
         path = path if path.suffix in (".yaml", ".yml") else path.with_name(f"{path.name}.yaml")
-        config = EditConfig.from_yaml(path)
-        values = yaml.safe_load(files.read_text(path, most=files.MOST_SETTINGS))
+        values = yaml_mapping(path)
+        config = EditConfig.from_dict(settings_in(values))
         if not isinstance(values.get("model_name"), str):
             raise ValueError(f"{path} must name the model as model_name, got {values.get('model_name')!r}")
         known = {name: values[name] for name in ("device", "fp16", "model_parallel", "batch_size") if name in values}
