@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> Report:
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise ValueError(f"{error.name} is not installed: pip install 'coachhook-fast[serve]'") from error
-    from coachhook_fast.edits.manifest import MANIFEST
+    from coachhook_fast.edits.manifest import stands_in
     from coachhook_fast.serve.auth import check_bind, read_token
     from coachhook_fast.serve.limits import Limits
 
@@ -71,8 +71,7 @@ def run(arguments: argparse.Namespace) -> Report:
     if arguments.corpus is not None:
         files.check_readable(arguments.corpus, most=2**63)
     limits = Limits(new_tokens=arguments.max_tokens, generating=arguments.max_waiting)
-    saved = (arguments.edits / MANIFEST).is_file()
-    config = common.load_config(arguments, edits=arguments.edits if saved else None)
+    config = common.load_config(arguments, edits=arguments.edits if stands_in(arguments.edits) else None)
     model, tokenizer = common.load_model(arguments)
     from coachhook_fast.serve import logs
     from coachhook_fast.serve.app import Service

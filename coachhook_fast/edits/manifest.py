@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -33,6 +34,18 @@ _NEWER_BATCH_FIELDS = {"columns", "request_alphas"}
 _REMOVED_KINDS: dict[str, Any] = {
     "batch": str, "index": int, "edited": str, "request": dict, "time": str, "reason": str, "by": str,
 }  # fmt: skip
+
+
+def stands_in(folder: Path) -> bool:
+    """Whether `folder` holds an edit set, or anything in the place of its manifest, which `read_manifest` refuses by
+    name; False where the edit set is yet to be made.
+
+    Raises:
+        ValueError: it is no folder.
+    """
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder")
+    return os.path.lexists(folder / MANIFEST)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

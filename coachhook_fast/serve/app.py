@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 
 from coachhook_fast.config import EditConfig
 from coachhook_fast.editing.editor import Editor
-from coachhook_fast.edits.manifest import MANIFEST
+from coachhook_fast.edits.manifest import stands_in
 from coachhook_fast.hooks.hooks import shared_weight_copy
 from coachhook_fast.serve import edits_api, openai, page
 from coachhook_fast.serve.asking import Asking
@@ -43,7 +43,7 @@ class Service:
         corpus: text for the key statistics; see `Editor.collect_statistics`.
 
     Raises:
-        ValueError: the edit set or an adapter does not fit the model; the model has hooks.
+        ValueError: the edit set or an adapter is damaged or does not fit the model; the model has hooks.
 
     service = Service(model, tokenizer, Path("edits"), token="secret")
     uvicorn.run(service.app)
@@ -66,8 +66,7 @@ class Service:
         # Three models over the same weights: editor and viewer run theirs with temporary hooks, which passes of other
         # threads must not meet. Tokenizers likewise: one that is used in two threads can refuse the one.
         copies = [shared_weight_copy(model) for _ in range(2)]
-        saved = (folder / MANIFEST).is_file()
-        self.editor = Editor(copies[0], copy.deepcopy(tokenizer), config, edits=folder if saved else None)
+        self.editor = Editor(copies[0], copy.deepcopy(tokenizer), config, edits=folder if stands_in(folder) else None)
         places = self.editor.partial.layout, self.editor.layers, self.editor.config.gate
         self.served = Served(model, *places, adapters=adapters, metrics=self.metrics)
         self.viewer = Served(copies[1], *places, adapters=adapters)

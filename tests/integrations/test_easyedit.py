@@ -198,7 +198,11 @@ def test_a_pair_of_model_and_tokenizer_is_a_model_name(hparams: Path) -> None:
         ({"eval_metric": "ppl"}, ValueError, "eval_metric must be one of"),
         ({"speed": 3}, TypeError, r"\['speed'\]"),
         ({"sequential_edit": "no"}, TypeError, "sequential_edit must be true or false, got 'no'"),
-        ({"prompts": ["Ann works as a", "Ann " * 400], "subject": ["Ann", "Ann"]}, ValueError, r"batch 2: .*context is"),
+        (
+            {"prompts": ["Ann works as a", "Ann " * 400], "subject": ["Ann", "Ann"]},
+            ValueError,
+            r"batch 2: .*context is",
+        ),
     ],
 )
 def test_bad_arguments_are_named_before_anything_is_edited(

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from serve_cases import CONFIG, FACTS, PROMPT, Running, ask, metrics_of, text_of
+from serve_cases import CONFIG, FACTS, PROMPT, Running, ask, metrics_of, service_of, text_of
 from tiny import tiny_model
 
 from coachhook_fast import files, load_edits
@@ -306,3 +306,24 @@ def test_who_waited_is_counted_no_more(running: Running) -> None:
     values = metrics_of(client)
     for kind in ("edits", "rollbacks", "inspections", "completions"):
         assert values[f'coachhook_waiting{{kind="{kind}"}}'] == 0
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "folder", "link", "no folder", "circle"])
+def test_what_is_no_edit_set_stops_the_start(tmp_path: Path, damage: str) -> None:
+    """And does not pass for one that is yet to be made, whose first edit would fail after its work."""
+    folder = tmp_path / "edits"
+    manifest = folder / "edit_set.json"
+    if damage == "circle":
+        folder.symlink_to(folder)
+    elif damage == "no folder":
+        folder.write_text("edits")
+    else:
+        folder.mkdir()
+    if damage in ("cut", "empty"):
+        manifest.write_text('{"format": 1, "mod' if damage == "cut" else "")
+    elif damage == "folder":
+        manifest.mkdir()
+    elif damage == "link":
+        manifest.symlink_to(tmp_path / "nothing")
+    with pytest.raises(ValueError, match=r"edit_set\.json|edits is not a folder"):
+        service_of(folder)
