@@ -134,10 +134,7 @@ def load_model(arguments: argparse.Namespace) -> tuple[Any, Any]:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     note(f"loading {arguments.model}")
-    try:
-        return load(arguments.model, dtype=arguments.dtype, device=arguments.device)
-    except (RuntimeError, AssertionError) as error:  # torch's words for a device that it does not know or have
-        raise ValueError(f"model {arguments.model!r} on device {arguments.device!r}: {error}") from error
+    return load(arguments.model, dtype=arguments.dtype, device=arguments.device)
 
 
 def load_records(arguments: argparse.Namespace) -> tuple[list[EditRecord], list[str]]:

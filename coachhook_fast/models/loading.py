@@ -42,9 +42,11 @@ def load_model(
 
     Raises:
         ValueError: the file or folder does not hold a model, transformers reads a GGUF file's tokenizer wrongly, or
-            "smollm2" is not installed.
+            "smollm2" is not installed; or torch does not know the device, or has none here, which is told before
+            anything is read.
     """
     dtype = _dtype(dtype)
+    _check_device(name, device)
     shared_out = device == "auto"
     options: dict[str, Any] = {"device_map": "auto"} if shared_out else {}
     path = Path(name)
@@ -63,6 +65,15 @@ def load_model(
     if not shared_out:
         model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return model.eval(), tokenizer
+
+
+def _check_device(name: str, device: torch.device | str | None) -> None:
+    if device is None or device == "auto":
+        return
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch's words for a device that it does not know or have
+        raise ValueError(f"model {name!r} on device {device!r}: {error}") from error
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

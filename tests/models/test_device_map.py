@@ -102,3 +102,9 @@ def test_tied_parameters_count_once_wherever_they_are() -> None:
     assert fingerprint(cpu_offload(tiny_model("qwen2"), execution_device="cpu")) == name
     untied = tiny_model("llama")
     assert fingerprint(cpu_offload(tiny_model("llama"), execution_device="cpu")) == fingerprint(untied)
+
+
+def test_devices_that_are_not_there_are_told_before_anything_is_read() -> None:
+    for device in ("warp", "cuda:99", "cpu:-1", ""):
+        with pytest.raises(ValueError, match=f"model 'nowhere' on device '{device}'"):
+            load_model("nowhere", device=device)
