@@ -37,12 +37,13 @@ def run(arguments: argparse.Namespace) -> Report:
     if found is None or found.origin is None:  # without origin: some folder of that name
         raise ValueError("vLLM is not installed in this environment: pip install 'coachhook-fast[vllm]'")
     from coachhook_fast.hooks.load_edits import load_edits
+    from coachhook_fast.request import prompt_ids
 
     arguments.dtype = "float32"
     model, tokenizer = load_model(arguments)
     load_edits(model, arguments.edits)
     batches = model.coachhook.edit_set.batches
-    prompts = [tokenizer(request.text).input_ids for batch in batches for request in batch.requests][:64]
+    prompts = [prompt_ids(tokenizer, request.text) for batch in batches for request in batch.requests][:64]
     if not prompts:
         raise ValueError(f"the edit set in {arguments.edits} has no edits to check")
     certain = [certain_tokens(model, ids) for ids in prompts]

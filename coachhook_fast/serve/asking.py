@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from coachhook_fast.models.loading import context_length
+from coachhook_fast.request import prompt_ids
 from coachhook_fast.serve.errors import ApiError
 from coachhook_fast.serve.generation import Generator, Job, decoder
 from coachhook_fast.serve.limits import Limits
@@ -50,8 +51,7 @@ class Asking:
                 )
 
         def ids() -> list[Ids]:
-            texts = (self.tokenizer(p)["input_ids"] if isinstance(p, str) else p for p in prompts)
-            return [tuple(found) for found in texts]
+            return [tuple(prompt_ids(self.tokenizer, p) if isinstance(p, str) else p) for p in prompts]
 
         return await self._off_the_loop(ids)
 

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import time
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from serve_cases import FACTS, PROMPT, TOKEN, Running, ask, text_of
 from tiny import tiny_model, tiny_tokenizer
+from tokenizers import processors
 
 from coachhook_fast import load_edits
 from coachhook_fast.evaluate import complete
+from coachhook_fast.serve.asking import Asking
+from coachhook_fast.serve.limits import Limits
+from coachhook_fast.serve.schemas import CompletionBody, read
 
 openai = pytest.importorskip("openai", reason="the openai client is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore::coachhook_fast.EditWarning")
@@ -116,6 +122,23 @@ def test_chat_goes_through_the_template(client: Any) -> None:
     assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == plain(None, text, 6)
     with pytest.raises(openai.BadRequestError, match="system comes first"):
         client.chat.completions.create(model="base", messages=[messages[1], messages[0]])
+
+
+def test_a_prompt_goes_on_whatever_the_tokenizer_puts_behind_it() -> None:
+    """As it does where it is edited: end-of-text tokens behind every text are left out."""
+    ending = tiny_tokenizer()
+    ending.backend_tokenizer.post_processor = processors.Sequence(
+        [
+            ending.backend_tokenizer.post_processor,
+            processors.TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 1)]),
+        ]
+    )
+    assert ending("Ada")["input_ids"][-1] == ending.eos_token_id
+    generator = SimpleNamespace(served=SimpleNamespace(model=tiny_model("llama")))
+    asking = Asking(generator, ending, Limits())  # type: ignore[arg-type]
+    found = asyncio.run(asking.completion_ids(read(CompletionBody, b'{"prompt": ["Ada", "Ada<eos>"]}')))
+    asking.close()
+    assert found == [tuple(tiny_tokenizer()(text)["input_ids"]) for text in ("Ada", "Ada<eos>")]
 
 
 def test_seeds_repeat_and_differ(client: Any) -> None:
