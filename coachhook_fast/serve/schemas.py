@@ -166,7 +166,9 @@ def read(kind: type[Body], content: bytes) -> Body:
         raise ApiError(400, "the body is not UTF-8", code="not_json") from None
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        place = ".".join(str(part) for part in first["loc"]) or None
+        known = first["type"] != "extra_forbidden"  # then all parts but pydantic's names of a field's kinds are ours
+        parts = [str(part) for part in first["loc"] if not known or isinstance(part, int) or part.isidentifier()]
+        place = ".".join(parts) or None
         raise ApiError(
             400, f"{place or 'the body'}: {first['msg'].removeprefix('Value error, ')}", param=place, code="invalid"
         ) from None

@@ -189,6 +189,10 @@ def test_what_is_not_supported_is_refused_by_name(client: Any) -> None:
     ):  # fmt: skip
         with pytest.raises(openai.BadRequestError, match=word):
             client.completions.create(**{"model": "base", "prompt": "A b", **options})
+    for options, field in (({"stop": ""}, "stop"), ({"extra_body": {"top-k": 4}}, "top-k")):
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.completions.create(**{"model": "base", "prompt": "A b", **options})
+        assert caught.value.param == field
     made = client.completions.create(
         model="base",
         prompt="A b",
