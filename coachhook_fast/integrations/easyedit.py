@@ -76,10 +76,16 @@ class CoachHooKHyperParams:
         return cls(values["model_name"], config, **known)
 
     def __post_init__(self) -> None:
+        name = self.model_name
+        pair = isinstance(name, tuple) and len(name) == 2 and isinstance(name[0], torch.nn.Module) and callable(name[1])
+        if not pair and (not isinstance(name, str) or not name.strip()):
+            raise TypeError(f"model_name must be a hub name, a folder or the pair (model, tokenizer), got {name!r}")
         _check_batch_size(self.batch_size)
         _check_flags(fp16=self.fp16, model_parallel=self.model_parallel)
         if isinstance(self.device, bool) or not isinstance(self.device, (int, str, type(None))):
             raise TypeError(f"device must be a GPU's number or a device's name, got {self.device!r}")
+        if isinstance(self.device, int) and self.device < 0:
+            raise ValueError(f"a GPU's number in device must be 0 or above, got {self.device}")
 
     @property
     def placement(self) -> str | None:
@@ -206,7 +212,7 @@ class BaseEditor:
                 request["rephrase_prompt"] = others_of[index]
             learned = tuple(_listed(others_of[index])) if train_rephrase and others_of[index] is not None else ()
             edit = EditRequest(asked[index], subjects[index], targets[index], old[index], index, learned)
-            facts.append(_Fact(request, edit, _questions(request, self.tok)))
+            facts.append(_Fact(request, edit, _questions(request, self.tok, context_length(self.model))))
         return facts
 
     def _run(
@@ -267,15 +273,27 @@ class _Fact:
         return (pair for pairs in self.questions.values() for pair in pairs)
 
 
-def _questions(request: Mapping[str, Any], tok: Any) -> dict[tuple[str, str], list[Pair]]:
+def _questions(request: Mapping[str, Any], tok: Any, most: int | None) -> dict[tuple[str, str], list[Pair]]:
+    def pairs(argument: str, texts: Sequence[str], answers: Sequence[str]) -> list[Pair]:
+        found = [encode_pair(tok, text, answer) for text, answer in zip(texts, answers, strict=True)]
+        for text, pair in zip(texts, found, strict=True):
+            count = len(pair.prompt) + len(pair.target)
+            if not pair.prompt or (most is not None and count > most):
+                raise ValueError(
+                    f"{argument} must have a token at least, and with its answer as many as the model's context, "
+                    f"{most}, at most, got {count}: {text[:80]!r}"
+                )
+        return found
+
     target = request["target_new"]
-    found = {("", "rewrite"): [encode_pair(tok, request["prompt"].replace("{}", request["subject"]), target)]}
+    found = {("", "rewrite"): pairs("prompts", [request["prompt"].replace("{}", request["subject"])], [target])}
     if "rephrase_prompt" in request:
-        found["", "rephrase"] = [encode_pair(tok, text, target) for text in _listed(request["rephrase_prompt"])]
+        texts = _listed(request["rephrase_prompt"])
+        found["", "rephrase"] = pairs("rephrase_prompts", texts, [target] * len(texts))
     for group in ("locality", "portability"):
         for name, inputs in request[group].items():
             texts, answers = _listed(inputs["prompt"]), _listed(inputs["ground_truth"])
-            found[group, name] = [encode_pair(tok, text, answer) for text, answer in zip(texts, answers, strict=True)]
+            found[group, name] = pairs(f"{group}_inputs[{name!r}]['prompt']", texts, answers)
     return found
 
 

@@ -29,7 +29,7 @@ def _whole(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_whole)]
-Filled = Annotated[Text, Field(min_length=1)]
+Filled = Annotated[str, Field(min_length=1), AfterValidator(_whole)]
 Token = Annotated[int, Field(ge=0, lt=2**31)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 

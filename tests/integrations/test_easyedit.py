@@ -177,6 +177,11 @@ def test_a_pair_of_model_and_tokenizer_is_a_model_name(hparams: Path) -> None:
     model = tiny_model("llama")
     found = BaseEditor(CoachHooKHyperParams((model, tiny_tokenizer()), config))
     assert found.model is model
+    for name in (3, None, (model,), (model, None), ("a", "b"), ""):
+        with pytest.raises(TypeError, match="model_name must be a hub name, a folder or the pair"):
+            CoachHooKHyperParams(name, config)
+    with pytest.raises(ValueError, match="a GPU's number in device must be 0 or above, got -1"):
+        CoachHooKHyperParams((model, tiny_tokenizer()), config, device=-1)
     with pytest.raises(TypeError, match="hparams must be a CoachHooKHyperParams"):
         BaseEditor.from_hparams({"model_name": "x"})  # type: ignore[arg-type]
 
@@ -197,11 +202,23 @@ def test_a_pair_of_model_and_tokenizer_is_a_model_name(hparams: Path) -> None:
         ({"test_generation": True}, ValueError, "test_generation is not measured"),
         ({"eval_metric": "ppl"}, ValueError, "eval_metric must be one of"),
         ({"speed": 3}, TypeError, r"\['speed'\]"),
+        ({"rephrase_prompts": ["x", ""]}, ValueError, "rephrase_prompts must have a token at least"),
+        ({"rephrase_prompts": ["x", "x " * 400]}, ValueError, "rephrase_prompts must .* context, 256"),
+        (
+            {"locality_inputs": {"a": {"prompt": ["x", ""], "ground_truth": ["x", "x"]}}},
+            ValueError,
+            r"inputs\['a'\]\['p",
+        ),
         ({"sequential_edit": "no"}, TypeError, "sequential_edit must be true or false, got 'no'"),
         (
-            {"prompts": ["Ann works as a", "Ann " * 400], "subject": ["Ann", "Ann"]},
+            {"prompts": [data(2)["prompts"][0], data(2)["prompts"][1] + " w" * 400]},
             ValueError,
-            r"batch 2: .*context is",
+            "prompts must .* context, 256",
+        ),
+        (
+            {"prompts": [data(2)["prompts"][0], "w " * 235 + data(2)["prompts"][1]]},
+            ValueError,
+            "batch 2: .*context is 256",
         ),
     ],
 )
