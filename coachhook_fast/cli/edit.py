@@ -153,6 +153,7 @@ def _report(out: Path, editor: Editor, batches: Sequence[Batch], held: int, skip
         from rich.text import Text
 
         from coachhook_fast.cli.terminal import cell
+        from coachhook_fast.editing.outcomes import RESIDUAL_LEFT_LIMIT
 
         table = Table()
         for head in ("batch", "subject", "new answer"):
@@ -161,7 +162,9 @@ def _report(out: Path, editor: Editor, batches: Sequence[Batch], held: int, skip
             table.add_column(head, justify="right")
         for line in edits:
             numbers = [f"{line['loss']:.3f}", str(line["steps"]), f"{min(line['leverage']):.2f}"]
-            left = Text(f"{line['residual_left']:.2f}", style="red" if line["residual_left"] > 0.5 else "")
+            left = Text(
+                f"{line['residual_left']:.2f}", style="red" if line["residual_left"] > RESIDUAL_LEFT_LIMIT else ""
+            )
             table.add_row(line["batch"], cell(line["subject"]), cell(line["target_new"]), *numbers, left)
         if edits:
             console.print(table)

@@ -93,6 +93,8 @@ def _fact(request: dict[str, Any]) -> Text:
     from rich.text import Text
 
     from coachhook_fast.cli.terminal import cell
+    from coachhook_fast.request import filled
 
-    prompt = request["prompt"].replace("{}", request["subject"])
-    return Text.assemble(cell(prompt), " → ", cell(request["target_new"], "bold"))
+    return Text.assemble(
+        cell(filled(request["prompt"], request["subject"])), " → ", cell(request["target_new"], "bold")
+    )

@@ -24,7 +24,7 @@ from coachhook_fast.editing.editor import Editor
 from coachhook_fast.edits.edit_set import Batch
 from coachhook_fast.evaluate.scoring import Pair, encode_pair, score_distinct
 from coachhook_fast.models.loading import context_length, load_model
-from coachhook_fast.request import EditRequest, tokenise_batch
+from coachhook_fast.request import EditRequest, filled, tokenise_batch
 from coachhook_fast.statistics.corpus import Corpus
 
 Texts = str | Sequence[str]
@@ -286,7 +286,7 @@ def _questions(request: Mapping[str, Any], tok: Any, most: int | None) -> dict[t
         return found
 
     target = request["target_new"]
-    found = {("", "rewrite"): pairs("prompts", [request["prompt"].replace("{}", request["subject"])], [target])}
+    found = {("", "rewrite"): pairs("prompts", [filled(request["prompt"], request["subject"])], [target])}
     if "rephrase_prompt" in request:
         texts = _listed(request["rephrase_prompt"])
         found["", "rephrase"] = pairs("rephrase_prompts", texts, [target] * len(texts))
