@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -27,7 +26,6 @@ from coachhook_fast.models.placement import check_loaded
 from coachhook_fast.models.wrappers import unwrapped
 
 ATTRIBUTE = "coachhook"
-_SHARED = "_coachhook_shared_weights"
 DEFAULT = "default"
 _BATCHING = "init_continuous_batching"
 _SAVING = "save_pretrained"
@@ -368,28 +366,6 @@ def _passes_under_way(model: nn.Module, thread: int) -> int:
             count += 1
         frame = frame.f_back
     return count
-
-
-def shared_weight_copy(model: nn.Module) -> nn.Module:
-    """A second model over the same parameters and buffers: edit the one while other threads run the other.
-
-    An editor runs its model in parts, with temporary hooks, which passes of other threads must not meet. No weight is
-    copied.
-
-    Raises:
-        ValueError: the model has hooks; take the copy first.
-    """
-    if hasattr(model, ATTRIBUTE):
-        raise ValueError("model has hooks already: take its shared-weight copy before installing any")
-    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    other = copy.deepcopy(model, memo=dict(shared))
-    setattr(other, _SHARED, True)
-    return other
-
-
-def shares_weights(model: nn.Module) -> bool:
-    """Whether other threads may run a model of the same weights meanwhile."""
-    return hasattr(model, _SHARED)
 
 
 def checked_layers(model: nn.Module, layout: Layout, layers: Sequence[int]) -> tuple[int, ...]:
