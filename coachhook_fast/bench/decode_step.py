@@ -20,7 +20,8 @@ from coachhook_fast.config import EditConfig
 from coachhook_fast.edits.delta import LowRankDelta
 from coachhook_fast.edits.edit_set import EditSet
 from coachhook_fast.edits.threshold import Threshold
-from coachhook_fast.hooks.hooks import Hooks, shared_weight_copy
+from coachhook_fast.hooks.hooks import Hooks
+from coachhook_fast.hooks.shared_weights import shared_weight_copy
 from coachhook_fast.models.architectures import layout_of
 from coachhook_fast.models.cache_argument import cache_argument
 

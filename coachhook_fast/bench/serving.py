@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from coachhook_fast.bench import rows as common
 from coachhook_fast.edits.manifest import MANIFEST
-from coachhook_fast.hooks.hooks import shared_weight_copy
 from coachhook_fast.hooks.layer import HookLinear
 from coachhook_fast.hooks.load_edits import load_edits
+from coachhook_fast.hooks.shared_weights import shared_weight_copy
 from coachhook_fast.models.loading import cache_dir, load_model
 from coachhook_fast.request import EditRequest
 

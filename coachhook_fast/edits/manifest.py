@@ -111,6 +111,8 @@ def _check(manifest: Mapping[str, Any]) -> None:
     run = manifest.get("statistics", "")
     if not isinstance(run, str) or not re.fullmatch(RUN_NAME, run):
         raise ValueError(f"statistics must be the name of a run, got {run!r}")
+    if not isinstance(manifest["batches"], list):
+        raise TypeError(f"batches must be a list, got {manifest['batches']!r}")
     base = manifest.get("base", {})
     if not isinstance(base, dict) or not all(isinstance(part, str) for part in base.values()):
         raise TypeError(f"base must tell of each parameter in a text, got {base!r}")

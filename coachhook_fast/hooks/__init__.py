@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from coachhook_fast.hooks.hooks import Hooks, hooks_of, shared_weight_copy
+from coachhook_fast.hooks.hooks import Hooks, hooks_of
+from coachhook_fast.hooks.shared_weights import shared_weight_copy
 
 __all__ = ["Hooks", "hooks_of", "shared_weight_copy"]

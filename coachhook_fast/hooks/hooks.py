@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -27,7 +26,6 @@ from coachhook_fast.models.placement import check_loaded
 from coachhook_fast.models.wrappers import unwrapped
 
 ATTRIBUTE = "coachhook"
-_SHARED = "_coachhook_shared_weights"
 DEFAULT = "default"
 _BATCHING = "init_continuous_batching"
 _SAVING = "save_pretrained"
@@ -209,10 +207,13 @@ class Hooks:
         Compiled code then takes every edit set of up to that rank without recompiling; the rows cost what real ones do.
 
         Raises:
+            TypeError: rank is no integer.
             ValueError: a negative rank, or one at which the factors would be larger than the base weight.
         """
         hook = self.hooks[0]
         m, d = hook.out_features, hook.in_features
+        if type(rank) is not int:
+            raise TypeError(f"rank must be an integer, got {rank!r}")
         if rank < 0 or rank * (m + d) >= m * d:
             raise ValueError(
                 f"rank must be at least 0 and under {m * d // (m + d)} for layers of [{m}, {d}], got {rank}"
@@ -231,16 +232,21 @@ class Hooks:
 
     def set_modes(self, modes: Sequence[str]) -> None:
         """Mode of each hook: "off", "gated" or "always" (the temporary hook of an update). Within `disabled()`, of any
-        thread, it takes effect when that ends."""
-        for mode in modes:
-            check_mode(mode)
+        thread, it takes effect when that ends. ValueError for another mode, or where there is not one a hook."""
+        self._check_modes(modes)
         self._switch(lambda position, switch: replace(switch, asked=modes[position]))
 
     def force_modes(self, modes: Sequence[str] | None) -> None:
         """For an editor at work: these modes, whatever others have asked or ask meanwhile; None: what they ask."""
-        for mode in modes or ():
-            check_mode(mode)
+        if modes is not None:
+            self._check_modes(modes)
         self._switch(lambda position, switch: replace(switch, forced=None if modes is None else modes[position]))
+
+    def _check_modes(self, modes: Sequence[str]) -> None:
+        if isinstance(modes, str) or not isinstance(modes, Sequence) or len(modes) != len(self.hooks):
+            raise ValueError(f"modes must be a list of {len(self.hooks)}, one a hook, got {modes!r}")
+        for mode in modes:
+            check_mode(mode)
 
     def enable(self) -> None:
         """Edits take effect (the state after installing); within `disabled()`, of any thread, when that ends."""
@@ -368,28 +374,6 @@ def _passes_under_way(model: nn.Module, thread: int) -> int:
             count += 1
         frame = frame.f_back
     return count
-
-
-def shared_weight_copy(model: nn.Module) -> nn.Module:
-    """A second model over the same parameters and buffers: edit the one while other threads run the other.
-
-    An editor runs its model in parts, with temporary hooks, which passes of other threads must not meet. No weight is
-    copied.
-
-    Raises:
-        ValueError: the model has hooks; take the copy first.
-    """
-    if hasattr(model, ATTRIBUTE):
-        raise ValueError("model has hooks already: take its shared-weight copy before installing any")
-    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    other = copy.deepcopy(model, memo=dict(shared))
-    setattr(other, _SHARED, True)
-    return other
-
-
-def shares_weights(model: nn.Module) -> bool:
-    """Whether other threads may run a model of the same weights meanwhile."""
-    return hasattr(model, _SHARED)
 
 
 def checked_layers(model: nn.Module, layout: Layout, layers: Sequence[int]) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 from coachhook_fast.config import EditConfig
 from coachhook_fast.editing.editor import Editor
 from coachhook_fast.edits.manifest import stands_in
-from coachhook_fast.hooks.hooks import shared_weight_copy
+from coachhook_fast.hooks.shared_weights import shared_weight_copy
 from coachhook_fast.serve import edits_api, openai, page
 from coachhook_fast.serve.asking import Asking
 from coachhook_fast.serve.auth import Doorkeeper

@@ -60,7 +60,7 @@ _WRONG: dict[tuple[Any, ...], list[Any]] = {
     ("weights", "sha256"): [None, 1, "", "0" * 63, "0" * 64, "g" * 64, "\x1b" * 64],
     ("statistics",): [None, 1, [], "/etc/passwd", "../x", "a b", "x" * 65, "\x1b[2J", "é"],
     ("base",): [None, 1, [], "x", {"a": 1}, {"a": None}],
-    ("batches",): [None, 1, "x", {"a": 1}, [1], [None], [[]], [{}]],
+    ("batches",): [None, 1, "x", {}, {"a": 1}, [1], [None], [[]], [{}]],
     (*_BATCH, "id"): [None, 1, "", [], {}, "other", "\x1b"],
     (*_BATCH, "parent"): ["x", 1, [], {}, "batch0001", ""],
     (*_BATCH, "time"): [None, 1, [], {}],

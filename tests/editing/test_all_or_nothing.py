@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from editor_cases import CONFIG, assert_same, edit, facts, logits, make, raising, snapshot
+from editor_cases import CONFIG, assert_same, edit, facts, interrupt_target, logits, make, raising, snapshot
 from tiny import tiny_tokenizer
 
 from coachhook_fast import Editor
@@ -159,18 +159,7 @@ def test_an_unloaded_editor_touches_no_other_editors_hooks() -> None:
 @pytest.mark.slow
 def test_targets_found_before_an_interrupt_are_reused(monkeypatch: pytest.MonkeyPatch) -> None:
     editor = make(config=CONFIG.replace(max_batch_tokens=1))
-    asked: list[int] = []
-    from coachhook_fast.editing.targets import optimise
-
-    real = optimise.TargetRows.build.__func__  # type: ignore[attr-defined]
-
-    def build(cls: Any, *args: Any) -> Any:
-        asked.append(1)
-        if len(asked) == 3:
-            raise KeyboardInterrupt
-        return real(cls, *args)
-
-    monkeypatch.setattr(optimise.TargetRows, "build", classmethod(build))
+    asked = interrupt_target(monkeypatch, 3)
     with pytest.raises(KeyboardInterrupt):
         edit(editor, facts(4))
     batch = edit(editor, facts(4))

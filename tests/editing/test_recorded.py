@@ -13,7 +13,7 @@ from torch import nn
 
 from coachhook_fast.editing.targets import recorded
 from coachhook_fast.editing.targets.recorded import RecordedStep, Recording
-from coachhook_fast.hooks.hooks import shared_weight_copy, shares_weights
+from coachhook_fast.hooks.shared_weights import shared_weight_copy, shares_weights
 
 
 class Cuda:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import pytest
 import torch
 from tiny import tiny_facts, tiny_model, tiny_texts, tiny_tokenizer
 
 from coachhook_fast import EditConfig, Editor, EditRequest, EditWarning
+from coachhook_fast.editing.targets import optimise
 
 CONFIG = EditConfig(
     layers=(1, 2), v_num_grad_steps=6, v_lr=0.3, clamp_norm_factor=3.0, mom2_update_weight=5.0, context_tokens=3,
@@ -57,3 +59,18 @@ def raising(error: type[BaseException]) -> Any:
         raise error
 
     return fail
+
+
+def interrupt_target(monkeypatch: pytest.MonkeyPatch, number: int) -> list[int]:
+    """Ctrl-C while the target of that number is about to be found; returned are those begun, one entry each."""
+    asked: list[int] = []
+    real = optimise.TargetRows.build.__func__  # type: ignore[attr-defined]
+
+    def build(cls: Any, *args: Any) -> Any:
+        asked.append(1)
+        if len(asked) == number:
+            raise KeyboardInterrupt
+        return real(cls, *args)
+
+    monkeypatch.setattr(optimise.TargetRows, "build", classmethod(build))
+    return asked

@@ -130,3 +130,24 @@ def test_no_edit_set_is_named_where_a_hook_has_a_delta_of_its_own() -> None:
     model.coachhook.reserve(8)  # keeps the delta
     assert model.coachhook.hooks[2].threshold == 1.0
     assert model.coachhook.hooks[1].threshold == 0.5
+
+
+@pytest.mark.parametrize("modes", [[], ["gated"], ["gated"] * 9, "off", ["gated"] * 3 + ["on"], None])
+def test_modes_that_do_not_fit_the_hooks_change_nothing(modes: Any) -> None:
+    model = model_with()
+    model.coachhook.publish(edit_set(0, 2))
+    before, found = model.coachhook.modes, logits(model)
+    with pytest.raises(ValueError, match="mode"):
+        model.coachhook.set_modes(modes)
+    if modes is not None:
+        with pytest.raises(ValueError, match="mode"):
+            model.coachhook.force_modes(modes)
+    assert model.coachhook.modes == before
+    assert torch.equal(logits(model), found)
+
+
+@pytest.mark.parametrize("rank", [True, 2.5, "3", None])
+def test_a_rank_to_reserve_is_an_integer(rank: Any) -> None:
+    model = model_with()
+    with pytest.raises(TypeError, match="rank must be an integer"):
+        model.coachhook.reserve(rank)

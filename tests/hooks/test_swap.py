@@ -15,7 +15,8 @@ from torch import Tensor
 from coachhook_fast import EditConfig, Editor, EditRequest
 from coachhook_fast.edits.delta import LowRankDelta
 from coachhook_fast.edits.threshold import Threshold
-from coachhook_fast.hooks.hooks import Hooks, shared_weight_copy
+from coachhook_fast.hooks.hooks import Hooks
+from coachhook_fast.hooks.shared_weights import shared_weight_copy
 from coachhook_fast.hooks.states import Switch
 from coachhook_fast.models.architectures import layout_of
 

@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from coachhook_fast.hooks.hooks import shares_weights
+from coachhook_fast.hooks.shared_weights import shares_weights
 from coachhook_fast.models.tensor_parallel import is_tensor_parallel
 
 _log = logging.getLogger(__name__)
