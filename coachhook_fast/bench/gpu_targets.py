@@ -20,7 +20,7 @@ from transformers import GPTJConfig, GPTJForCausalLM, LlamaConfig, LlamaForCausa
 from coachhook_fast.bench.rows import Row, baseline, once
 from coachhook_fast.bench.rows import row as make_row
 from coachhook_fast.bench.workload import gemm_rate, needed_flops
-from coachhook_fast.config import PAPER, EditConfig
+from coachhook_fast.config import EditConfig
 from coachhook_fast.editing.keys import bare_outputs
 from coachhook_fast.editing.targets.optimise import Target, optimise
 from coachhook_fast.models.architectures import layout_of
@@ -29,7 +29,7 @@ from coachhook_fast.request import EditRequest, TokenisedRequest, TokenRow
 
 SAMPLE = 2
 # Six rows a request and 25 steps, as published. A random model hardly listens to one token: a wider ball.
-_CONFIG = EditConfig(**{**PAPER, "gate": "calibrated", "clamp_norm_factor": 4.0})
+_CONFIG = EditConfig.paper(gate="calibrated", clamp_norm_factor=4.0)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 from coachhook_fast.bench import gpu_targets
 from coachhook_fast.bench.rows import Row, baseline, once, row
 from coachhook_fast.bench.workload import corpus, gemm_rate, needed_flops, requests
-from coachhook_fast.config import PAPER, EditConfig
+from coachhook_fast.config import EditConfig
 from coachhook_fast.editing.editor import Editor
 from coachhook_fast.editing.keys import bare_outputs
 from coachhook_fast.editing.targets.optimise import Target, optimise
@@ -33,7 +33,7 @@ def run(model: str | None = None, count: int = 20, sample: int = 4) -> list[Row]
     model = model or "smollm2"
     loaded, tokenizer = load_model(model, dtype=torch.float32)
     editor = Editor(
-        loaded, tokenizer, EditConfig(**{**PAPER, **_OF_THE_MODEL})
+        loaded, tokenizer, EditConfig.paper(**_OF_THE_MODEL)
     )  # six rows a request and 25 steps, as published
     editor.collect_statistics(corpus(), progress=False)
     wanted, source = requests(count)

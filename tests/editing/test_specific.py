@@ -208,7 +208,8 @@ def test_edits_are_specific_unless_adam_is_asked_for() -> None:
 
 
 def test_paper_names_all_that_was_published() -> None:
-    paper = EditConfig(**PAPER).resolved(28, 16384)
+    paper = EditConfig.paper().resolved(28, 16384)
+    assert EditConfig(**PAPER).resolved(28, 16384) == paper
     assert (paper.gate, paper.alpha, paper.mom2_update_weight, paper.round_robin) == ("sequence", 2.2, 15_000.0, 1)
     assert (paper.v_lr, paper.v_num_grad_steps, paper.hard_negatives) == (0.5, 25, 0)
 
