@@ -75,7 +75,7 @@ def _sides(device: str, sizes: dict[str, Any], batch: int) -> tuple[Callable[[],
     hooks = Hooks(model, layout_of(model), config.layers, config.gate)
     deltas = tuple(_delta(sizes, device) for _ in config.layers)
     tokens = torch.randint(sizes["vocab_size"], (batch, PROMPT + 1), device=device)
-    plain, edited = _step(base, tokens), _step(model, tokens)
+    plain, edited = decode_step(base, tokens), decode_step(model, tokens)
 
     def publish(tau: float) -> None:
         hooks.publish(EditSet("", config, (), deltas, (Threshold(tau),) * len(deltas)))
@@ -107,7 +107,7 @@ def _delta(sizes: dict[str, Any], device: str) -> LowRankDelta:
     return LowRankDelta(delta.U, delta.B * 100)
 
 
-def _step(model: Any, tokens: Tensor) -> Callable[[], Tensor]:
+def decode_step(model: Any, tokens: Tensor) -> Callable[[], Tensor]:
     """Logits of the last of `tokens` behind the cache of the others, which every call finds as the first did."""
     from transformers import DynamicCache
 

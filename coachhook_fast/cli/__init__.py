@@ -25,6 +25,7 @@ from coachhook_fast.cli import (
     generate,
     inspect,
     log,
+    profile,
     rollback,
     serve,
     stats,
@@ -35,7 +36,8 @@ from coachhook_fast.cli.common import console
 from coachhook_fast.printable import one_line
 
 VERBS = (
-    stats, edit, evaluate, check, generate, inspect, log, rollback, serve, bench, verify_edits, verify_vllm, doctor,
+    stats, edit, evaluate, check, generate, inspect, log, rollback, serve, profile, bench, verify_edits, verify_vllm,
+    doctor,
 )  # fmt: skip
 
 _DESCRIPTION = "Edit facts in a language model, in consecutive batches, without touching a base weight."
