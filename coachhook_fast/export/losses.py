@@ -181,10 +181,10 @@ def default_held_out() -> HeldOut:
 
 def _serve(editor: Editor, mode: str, prompts: Sequence[Ids], held_out: HeldOut, progress: bool) -> Served:
     said = tuple(fact.said for fact in editor.check(mode=mode))
-    model, options = editor.model, {"progress": progress}
+    model = editor.model
     with _forced(editor, mode), frozen(model):
-        others = continue_greedily(model, prompts, [1] * len(prompts), description="other prompts", **options)
-        return Served(said, tuple(others), held_out.perplexity(model, editor.tokenizer, **options))
+        others = continue_greedily(model, prompts, [1] * len(prompts), description="other prompts", progress=progress)
+        return Served(said, tuple(others), held_out.perplexity(model, editor.tokenizer, progress=progress))
 
 
 @contextmanager
