@@ -138,6 +138,19 @@ def test_a_file_of_our_own_is_no_link_and_has_one_name(tmp_path: Path) -> None:
 # -------------------------------------------------------------------- new folders
 
 
+def fill_and_raise(place: Path) -> None:
+    with files.new_folder(place) as staging:
+        (staging / "file").write_text("x")
+        raise KeyboardInterrupt
+
+
+def fill_while_others_do(place: Path) -> None:
+    with files.new_folder(place) as staging:
+        (staging / "ours").touch()
+        place.mkdir()
+        (place / "theirs").touch()
+
+
 def test_a_new_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     place = tmp_path / "some" / "where" / "out"
     with files.new_folder(place) as staging:
@@ -145,9 +158,8 @@ def test_a_new_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
         (staging / "part" / "file").write_text("x")
         assert not place.exists()
     assert (place / "part" / "file").read_text() == "x"
-    with pytest.raises(KeyboardInterrupt), files.new_folder(tmp_path / "never") as staging:
-        (staging / "file").write_text("x")
-        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        fill_and_raise(tmp_path / "never")
     assert [path.name for path in tmp_path.iterdir()] == ["some"]
     assert [path.name for path in place.parent.iterdir()] == ["out"]
 
@@ -162,10 +174,8 @@ def test_an_empty_folder_is_filled_and_what_a_link_leads_to(tmp_path: Path) -> N
 
 
 def test_a_name_that_was_taken_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
-    with pytest.raises(OSError), files.new_folder(tmp_path / "out") as staging:
-        (staging / "ours").touch()
-        (tmp_path / "out").mkdir()
-        (tmp_path / "out" / "theirs").touch()
+    with pytest.raises(OSError):
+        fill_while_others_do(tmp_path / "out")
     assert [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*"))] == ["out", "out/theirs"]
 
 
