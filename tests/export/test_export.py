@@ -127,7 +127,7 @@ def test_the_sequence_gate(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(loaded), ungated(editor), **CLOSE)
 
 
-def test_a_base_that_was_trained_in_the_meantime_mode_comes_back(editor: Editor, tmp_path: Path) -> None:
+def test_training_mode_comes_back(editor: Editor, tmp_path: Path) -> None:
     editor.model.train()
     try:
         export(editor, tmp_path / "merged", "merged")
