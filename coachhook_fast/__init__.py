@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from coachhook_fast.editing.outcomes import EditWarning, NotSaidError
     from coachhook_fast.editing.said import FactCheck
     from coachhook_fast.edits.edit_set import Batch, EditOutcome, EditSet, Removed
+    from coachhook_fast.export.exporting import export_edits
     from coachhook_fast.hooks.layer import HookLinear
     from coachhook_fast.hooks.load_edits import load_edits
     from coachhook_fast.models.loading import load_model
@@ -31,6 +32,7 @@ _HOMES = {
     "HookLinear": "hooks.layer",
     "NotSaidError": "editing.outcomes",
     "Removed": "edits.edit_set",
+    "export_edits": "export.exporting",
     "load_edits": "hooks.load_edits",
     "load_model": "models.loading",
 }
@@ -47,6 +49,7 @@ __all__ = [
     "HookLinear",
     "NotSaidError",
     "Removed",
+    "export_edits",
     "load_edits",
     "load_model",
 ]

@@ -13,6 +13,7 @@ import io
 import json
 import os
 import secrets
+import shutil
 import stat
 import sys
 from collections.abc import Iterator
@@ -183,6 +184,49 @@ def _staged(path: Path) -> tuple[Path, int]:
             return staging, os.open(staging, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _PLAIN, 0o666)
         except FileExistsError:
             continue
+
+
+def check_new_folder(path: Path) -> None:
+    """What `new_folder` would refuse, told before the work is done. ValueError: something but an empty folder stands
+    under the name, or what it is to lie in is no folder or cannot be written."""
+    if path.is_symlink() and not path.exists():
+        raise ValueError(f"{path} is a link that leads nowhere")
+    if path.exists():
+        if not path.is_dir():
+            raise ValueError(f"{path} is not a folder")
+        if any(path.iterdir()):
+            raise ValueError(f"{path} is a folder that is not empty")
+    home = next(parent for parent in path.resolve().parents if parent.exists())
+    if not home.is_dir():
+        raise ValueError(f"{path} cannot be made: {home} is not a folder")
+    if not os.access(home, os.W_OK):
+        raise ValueError(f"{path} cannot be made: {home} cannot be written")
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill, which takes the name `path` when the block ends: whole, or after an error not at all.
+
+    Raises:
+        ValueError: as `check_new_folder`; OSError: the name was taken meanwhile, or the system's own.
+    """
+    check_new_folder(path)
+    path = path.resolve()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    staging.mkdir()
+    try:
+        yield staging
+        for file in staging.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as handle:
+                    os.fsync(handle.fileno())
+        sync_folder(staging)
+        staging.rename(path)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:

@@ -133,3 +133,60 @@ def test_a_file_of_our_own_is_no_link_and_has_one_name(tmp_path: Path) -> None:
     assert victim.read_bytes() == b"precious"
     for _ in range(2):
         os.close(files.open_own(tmp_path / "new"))
+
+
+# -------------------------------------------------------------------- new folders
+
+
+def fill_and_raise(place: Path) -> None:
+    with files.new_folder(place) as staging:
+        (staging / "file").write_text("x")
+        raise KeyboardInterrupt
+
+
+def fill_while_others_do(place: Path) -> None:
+    with files.new_folder(place) as staging:
+        (staging / "ours").touch()
+        place.mkdir()
+        (place / "theirs").touch()
+
+
+def test_a_new_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    place = tmp_path / "some" / "where" / "out"
+    with files.new_folder(place) as staging:
+        (staging / "part").mkdir()
+        (staging / "part" / "file").write_text("x")
+        assert not place.exists()
+    assert (place / "part" / "file").read_text() == "x"
+    with pytest.raises(KeyboardInterrupt):
+        fill_and_raise(tmp_path / "never")
+    assert [path.name for path in tmp_path.iterdir()] == ["some"]
+    assert [path.name for path in place.parent.iterdir()] == ["out"]
+
+
+def test_an_empty_folder_is_filled_and_what_a_link_leads_to(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    with files.new_folder(tmp_path / "link") as staging:
+        (staging / "file").touch()
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "empty" / "file").is_file()
+
+
+def test_a_name_that_was_taken_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
+    with pytest.raises(OSError):
+        fill_while_others_do(tmp_path / "out")
+    assert [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*"))] == ["out", "out/theirs"]
+
+
+def test_what_no_new_folder_can_be(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "lost").symlink_to("nowhere")
+    for name, message in {
+        "": "is a folder that is not empty", "file": "is not a folder", "lost": "is a link that leads nowhere",
+        "file/out": "file is not a folder",
+    }.items():  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            files.check_new_folder(tmp_path / name)
+        with pytest.raises(ValueError, match=message), files.new_folder(tmp_path / name):
+            pass

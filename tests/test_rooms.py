@@ -28,6 +28,7 @@ ROOMS = (
     "statistics",
     "editing",
     "evaluate",
+    "export",
     "bench",
     "integrations",
     "serve",

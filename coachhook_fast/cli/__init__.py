@@ -1,8 +1,8 @@
 """`coachhook`: the command line. One module a verb; heavy imports happen inside the verbs, so `--help` is quick.
 
 Results go to stdout, as tables or, with `--json`, as JSON alone; progress and warnings go to stderr. The exit code is
-0, 1 where `verify-vllm` finds a difference or `check` a fact that is not said, 2 for bad input (one line on stderr says
-which), or 130 after Ctrl-C.
+0, 1 where `verify-vllm` finds a difference, `check` a fact that is not said, or `export` that too much would be lost, 2
+for bad input (one line on stderr says which), or 130 after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from coachhook_fast.cli import (
     doctor,
     edit,
     evaluate,
+    export,
     generate,
     inspect,
     log,
@@ -36,8 +37,8 @@ from coachhook_fast.cli.common import console
 from coachhook_fast.printable import one_line
 
 VERBS = (
-    stats, edit, evaluate, check, generate, inspect, log, rollback, serve, profile, bench, verify_edits, verify_vllm,
-    doctor,
+    stats, edit, evaluate, check, generate, inspect, log, rollback, export, serve, profile, bench, verify_edits,
+    verify_vllm, doctor,
 )  # fmt: skip
 
 _DESCRIPTION = "Edit facts in a language model, in consecutive batches, without touching a base weight."

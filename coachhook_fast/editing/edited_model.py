@@ -202,12 +202,16 @@ class EditedModel:
 
     # ---------------------------------------------------------------- what it says
 
-    def check(self) -> list[FactCheck]:
+    def check(self, *, mode: str = "gated") -> list[FactCheck]:
         """Asks the edited model for every fact of the ledger, oldest first: greedily, in the bare prompt and in the
         paraphrases of its request.
 
+        Args:
+            mode: of the edits meanwhile, whoever has switched them off: "gated", "always" (as if there were no gate) or
+                "off" (the base model).
+
         Raises:
-            ValueError: the editor was unloaded.
+            ValueError: the editor was unloaded, or there is no such mode.
 
         Examples:
             >>> [fact.request.text for fact in editor.check() if not fact.said]
@@ -216,7 +220,7 @@ class EditedModel:
         self._handle.check_editable()
         limits = {"pad_id": self._pad_id, "max_tokens": self.config.pass_tokens}
         with self._all_or_nothing(), frozen(self.model):
-            self._handle.force_modes(["gated"] * len(self.hooks))  # whoever has switched the edits off
+            self._handle.force_modes([mode] * len(self.hooks))
             return check_facts(self.partial, self.tokenizer, self.edit_set, **limits)
 
     # ---------------------------------------------------------------- undo, save, switches

@@ -68,7 +68,10 @@ def perplexity(
             loss = _negative_log_likelihood(model, tokens, scored)
             total, count = total + loss, count + scored * len(batch)
             bar.advance(scored * len(batch))
-    return math.exp(total / count)
+    try:
+        return math.exp(total / count)
+    except OverflowError:  # a broken model's, beyond the largest number
+        return math.inf
 
 
 def _windows(ids: Ids, prefix: Ids, window: int, stride: int) -> Iterator[tuple[Ids, int]]:

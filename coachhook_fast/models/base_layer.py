@@ -65,7 +65,7 @@ def base_of(module: nn.Module) -> nn.Module:
     return base if isinstance(base, nn.Module) else module
 
 
-def _is_conv1d(base: nn.Module) -> bool:
+def is_conv1d(base: nn.Module) -> bool:
     """transformers' Conv1D, known by its attributes: weight ``[d, m]``, output ``addmm(bias, x, weight)``."""
     return type(base).__name__ == "Conv1D" and hasattr(base, "nf")
 
@@ -84,7 +84,7 @@ def plain_weight(base: nn.Module) -> Tensor | None:
 def linear_weight(base: nn.Module) -> Tensor | None:
     """The weight ``[m, d]`` (a view) that the module's own `forward` multiplies with, whatever hooks stand around it;
     None where it does not say."""
-    if "forward" in base.__dict__ or (type(base) is not nn.Linear and not _is_conv1d(base)):
+    if "forward" in base.__dict__ or (type(base) is not nn.Linear and not is_conv1d(base)):
         return None
     weight = base.weight
     if type(weight) is not nn.Parameter or not weight.is_floating_point():
@@ -94,7 +94,7 @@ def linear_weight(base: nn.Module) -> Tensor | None:
 
 def features(base: nn.Module) -> tuple[int, int]:
     """``(d, m)`` of a linear-like module."""
-    if _is_conv1d(base):
+    if is_conv1d(base):
         d, m = base.weight.shape  # type: ignore[union-attr,misc]
         return int(d), int(m)
     d, m = getattr(base, "in_features", None), getattr(base, "out_features", None)

