@@ -7,7 +7,7 @@ import tarfile
 from pathlib import Path
 
 # What only a clone needs; the link to kernels/ is made anew by setuptools' package_dir.
-LEFT_OUT = {".gitignore", ".gitattributes", ".pre-commit-config.yaml", "coachhook_fast/kernels"}
+LEFT_OUT = {".gitignore", ".gitattributes", "coachhook_fast/kernels"}
 
 
 def names_in_tree(tree: Path) -> set[str]:
