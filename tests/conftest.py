@@ -52,6 +52,16 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped where there is none")
 
 
+def pytest_sessionstart() -> None:
+    """Where the extension must be there, its absence fails the session: tests that need it would only be skipped."""
+    if os.environ.get("COACHHOOK_REQUIRE_EXT") == "1":
+        from coachhook_fast.ops import build_info
+
+        info = build_info()
+        if not info["extension"]:
+            pytest.exit(f"COACHHOOK_REQUIRE_EXT=1 and no extension: {info['reason']}", returncode=1)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:  # the real model is not of the quick tier
         if "smollm2" in getattr(item, "fixturenames", ()):

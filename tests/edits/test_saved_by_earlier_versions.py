@@ -21,7 +21,7 @@ from tiny import tiny_model, tiny_texts, tiny_tokenizer
 from coachhook_fast import EditConfig, Editor, load_edits
 from coachhook_fast.edits import store
 
-FOLDER = Path(__file__).resolve().parents[1] / "fixtures" / "edit_sets"
+FOLDER = Path(__file__).resolve().parents[1] / "fixtures" / "edit_sets" / "0.1.0"
 EXPECTED = load_file(FOLDER / "expected.safetensors")
 SETS = ("round_robin", "sequence", "two_batches")
 FORMER = {

@@ -1,0 +1,56 @@
+"""What a user meets first, timed (make wheel-test): first_edit.py install WHEEL | check | edit."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+
+def size_of(folder: Path) -> float:
+    """MB of a folder's files."""
+    return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
+
+
+def install(wheel: str) -> None:
+    packages = next(Path(sys.prefix, "lib").glob("python*")) / "site-packages"
+    before, start = size_of(packages), time.monotonic()
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", wheel], check=True)
+    seconds = time.monotonic() - start
+    own = size_of(packages / "coachhook_fast")
+    print(f"{seconds:.1f} s, {size_of(packages) - before:.1f} MB installed beside torch, {own:.1f} MB of it the package's own")
+
+
+def check() -> None:
+    """Fails where the package is not the installed one, or runs without its extension."""
+    import coachhook_fast
+    from coachhook_fast.ops import build_info
+
+    assert Path(coachhook_fast.__file__).is_relative_to(sys.prefix), coachhook_fast.__file__
+    info = build_info()
+    print(json.dumps({"version": coachhook_fast.__version__, **info}))
+    assert info["extension"], info
+
+
+def edit() -> None:
+    start = time.monotonic()
+    from coachhook_fast import Editor, EditRequest, load_model
+
+    imported = time.monotonic()
+    model, tokenizer = load_model("smollm2")
+    loaded = time.monotonic()
+    editor = Editor(model, tokenizer)
+    editor.collect_statistics(max_tokens=4_096, progress=False)  # as examples/demo.py
+    counted = time.monotonic()
+    request = EditRequest(prompt="{} works as a", subject="Ada Vale", target_new="pilot")
+    batch = editor.edit([request], progress=False)
+    done = time.monotonic()
+    parts = {"import": imported - start, "model": loaded - imported, "statistics": counted - loaded, "edit": done - counted}
+    print(f"first edit after {done - start:.1f} s:", ", ".join(f"{name} {value:.1f} s" for name, value in parts.items()))
+    assert batch.outcomes[0].said, batch.outcomes[0]
+
+
+if __name__ == "__main__":
+    {"install": install, "check": check, "edit": edit}[sys.argv[1]](*sys.argv[2:])
