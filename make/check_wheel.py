@@ -1,4 +1,7 @@
-"""Fails where a wheel lacks the extension or a file of the package, or holds torch's libraries: check_wheel.py WHEEL TREE."""
+"""Fails where a wheel lacks the extension or a file of the package, or holds what is not its own.
+
+check_wheel.py WHEEL TREE
+"""
 
 from __future__ import annotations
 
@@ -22,13 +25,16 @@ def main(wheel: Path, tree: Path) -> int:
     with zipfile.ZipFile(wheel) as archive:
         sizes = {entry.filename: entry.file_size for entry in archive.infolist()}
     libraries = {name: size for name, size in sizes.items() if ".so" in Path(name).name}
+    extensions = [name for name in libraries if name.startswith("coachhook_fast/_C.")]
+    own = [name for name in sizes if name.startswith(("coachhook_fast/", "coachhook_fast-"))]
     wrong = [f"missing: {name}" for name in sorted(wanted(tree) - set(sizes))]
-    wrong += [f"not the package's: {name}" for name in libraries if not name.startswith("coachhook_fast/_C.")]
-    wrong += [f"not the package's: {name}" for name in sizes if not name.startswith(("coachhook_fast/", "coachhook_fast-"))]
-    if not libraries:
+    wrong += [
+        f"not the package's: {name}" for name in sizes if name not in own or name in set(libraries) - {*extensions}
+    ]
+    if not extensions:
         wrong.append("missing: coachhook_fast/_C, the extension")
-    inside = sum(sizes.values()) / 1e6
-    print(f"{wheel}: {wheel.stat().st_size / 1e6:.2f} MB, {inside:.2f} MB unpacked, extension {sum(libraries.values()) / 1e6:.2f} MB")
+    packed, inside, library = wheel.stat().st_size / 1e6, sum(sizes.values()) / 1e6, sum(libraries.values()) / 1e6
+    print(f"{wheel}: {packed:.2f} MB, {inside:.2f} MB unpacked, {library:.2f} MB of it the extension")
     print(*wrong, sep="\n")
     return 1 if wrong else 0
 

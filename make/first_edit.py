@@ -20,7 +20,9 @@ def install(wheel: str) -> None:
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", wheel], check=True)
     seconds = time.monotonic() - start
     own = size_of(packages / "coachhook_fast")
-    print(f"{seconds:.1f} s, {size_of(packages) - before:.1f} MB installed beside torch, {own:.1f} MB of it the package's own")
+    print(
+        f"{seconds:.1f} s, {size_of(packages) - before:.1f} MB installed beside torch, {own:.1f} MB of it the package's own"
+    )
 
 
 def check() -> None:
@@ -35,20 +37,21 @@ def check() -> None:
 
 
 def edit() -> None:
-    start = time.monotonic()
+    times = [time.monotonic()]
     from coachhook_fast import Editor, EditRequest, load_model
+    from coachhook_fast.ops import build_info as build_info  # torch and the extension are imported here
 
-    imported = time.monotonic()
+    times.append(time.monotonic())
     model, tokenizer = load_model("smollm2")
-    loaded = time.monotonic()
+    times.append(time.monotonic())
     editor = Editor(model, tokenizer)
     editor.collect_statistics(max_tokens=4_096, progress=False)  # as examples/demo.py
-    counted = time.monotonic()
-    request = EditRequest(prompt="{} works as a", subject="Ada Vale", target_new="pilot")
-    batch = editor.edit([request], progress=False)
-    done = time.monotonic()
-    parts = {"import": imported - start, "model": loaded - imported, "statistics": counted - loaded, "edit": done - counted}
-    print(f"first edit after {done - start:.1f} s:", ", ".join(f"{name} {value:.1f} s" for name, value in parts.items()))
+    times.append(time.monotonic())
+    batch = editor.edit([EditRequest("{} works as a", "Ada Vale", "pilot")], progress=False)
+    times.append(time.monotonic())
+    names = ("import", "load the model", "statistics", "edit")
+    parts = [f"{name} {after - before:.1f} s" for name, before, after in zip(names, times, times[1:], strict=False)]
+    print(f"first edit after {times[-1] - times[0]:.1f} s:", ", ".join(parts))
     assert batch.outcomes[0].said, batch.outcomes[0]
 
 

@@ -62,6 +62,14 @@ def pytest_sessionstart() -> None:
             pytest.exit(f"COACHHOOK_REQUIRE_EXT=1 and no extension: {info['reason']}", returncode=1)
 
 
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """$COACHHOOK_RECORD names a file for the versions and counts of this run: a row of docs/compatibility.md."""
+    if file := os.environ.get("COACHHOOK_RECORD"):
+        from recorded_run import record
+
+        Path(file).write_text(record(config, {name: len(found) for name, found in terminalreporter.stats.items()}))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:  # the real model is not of the quick tier
         if "smollm2" in getattr(item, "fixturenames", ()):
