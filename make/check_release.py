@@ -1,8 +1,8 @@
 """What must hold before a version is released: check_release.py. Says all that does not, and fails.
 
 Version: `__version__`, CITATION.cff and the newest section of CHANGELOG.md, which has a date. Changelog: nothing is
-left under Unreleased. Saved edit sets: every version of the changelog has left some for the tests. Git: nothing uncommitted,
-and the version has no tag yet.
+left under Unreleased. Saved edit sets: every version of the changelog has left some for the tests. Git: nothing
+uncommitted, and the version has no tag yet.
 """
 
 from __future__ import annotations

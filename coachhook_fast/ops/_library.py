@@ -53,8 +53,8 @@ if EXTENSION is None:  # once for each process: a module is run once
     warnings.warn(
         f"coachhook-fast runs without its C++ extension ({_REASON}): results are the same, CPU work is slower. Install "
         f"a wheel for torch {'.'.join(torch.__version__.split('.')[:2])}, or build it: GCC >= 12 or clang, CMake >= "
-        "3.19, `pip install pybind11 ninja`, then `pip install --no-build-isolation coachhook-fast`. `coachhook doctor` "
-        "says what is here.",
+        "3.19, `pip install pybind11 ninja`, then `pip install --no-build-isolation coachhook-fast`. `coachhook "
+        "doctor` says what is here.",
         RuntimeWarning,
         stacklevel=2,
     )

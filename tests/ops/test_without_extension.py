@@ -1,4 +1,4 @@
-"""An import without the extension, or with one for another torch: results are right, and one warning says what to do."""
+"""Without the extension, or with one for another torch: results are right, and one warning says what to do."""
 
 from __future__ import annotations
 
