@@ -20,9 +20,8 @@ def install(wheel: str) -> None:
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", wheel], check=True)
     seconds = time.monotonic() - start
     own = size_of(packages / "coachhook_fast")
-    print(
-        f"{seconds:.1f} s, {size_of(packages) - before:.1f} MB installed beside torch, {own:.1f} MB of it the package's own"
-    )
+    added = size_of(packages) - before
+    print(f"{seconds:.1f} s, {added:.1f} MB installed beside torch, {own:.1f} MB of it the package's own")
 
 
 def check() -> None:
