@@ -20,13 +20,10 @@ def install(wheel: str) -> None:
     before, start = size_of(packages), time.monotonic()
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", wheel], check=True)
     seconds = time.monotonic() - start
-    own = size_of(packages / "coachhook_fast")
-    added = size_of(packages) - before
     used = resource.getrusage(resource.RUSAGE_CHILDREN)  # on a busy machine the seconds say little
     cpu = used.ru_utime + used.ru_stime
-    print(
-        f"{seconds:.1f} s ({cpu:.1f} s of CPU), {added:.1f} MB installed beside torch, {own:.1f} MB of it the package's own"
-    )
+    own, added = size_of(packages / "coachhook_fast"), size_of(packages) - before
+    print(f"{seconds:.1f} s ({cpu:.1f} s of CPU), {added:.1f} MB beside torch, {own:.1f} MB of it the package's own")
 
 
 def check() -> None:

@@ -20,7 +20,7 @@ echo "--- pip install $(basename "$wheel")"
 "$python" first_edit.py install "$wheel"
 # Only these folders from here on: nothing else of this machine is found by name.
 hide() { env -i HOME="$HOME" PATH="$work/venv/bin:$work/bin" CC=/bin/false CXX=/bin/false LANG=C.UTF-8 OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" \
-  COACHHOOK_CACHE="$work/cache" COACHHOOK_DATA="$work/no-data" "$@"; }
+  COACHHOOK_CACHE="$work/cache" COACHHOOK_DATA="$work/no-data" TQDM_DISABLE=1 "$@"; }
 mkdir bin
 for tool in env sh git; do ln -s "$(command -v $tool)" bin/; done
 for compiler in cc c++ gcc g++ clang clang++ nvcc cmake ninja make; do
