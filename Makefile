@@ -54,6 +54,6 @@ gpu-check:  ## On a GPU machine, with its own Python: build, GPU tests, benchmar
 	$(PYTHON) -u bench/gpu_check.py $(SECTIONS)
 
 clean:  ## Remove what was built, not the virtual environment
-	rm -rf build demo-out *.egg-info coachhook_fast/_C*.so $(VENV)/.ready
+	rm -rf build dist demo-out *.egg-info coachhook_fast/_C*.so $(VENV)/.ready
 
 -include make/*.mk

@@ -3,8 +3,8 @@
 The extension is optional: without a compiler, CMake or an importable torch the package still installs and
 runs on its reference path, and this script says why. ``COACHHOOK_REQUIRE_EXT=1`` makes that a failed build;
 ``COACHHOOK_BUILD_TYPE`` is CMake's build type (Release), ``COACHHOOK_CUDA`` whether csrc/cuda belongs to it (AUTO:
-where torch is a CUDA wheel and nvcc of its version is found; ON: or fail; OFF). Build isolation hides torch, so use
-``pip install --no-build-isolation .`` to get the extension.
+where torch is a CUDA wheel and nvcc of its version is found; ON: or fail; OFF), ``MAX_JOBS`` how many files are
+compiled at a time. Build isolation hides torch, so use ``pip install --no-build-isolation .`` to get the extension.
 """
 
 from __future__ import annotations
@@ -80,7 +80,8 @@ class cmake_build_ext(build_ext):  # setuptools' command classes are lower case
         if (ninja := shutil.which("ninja", path=search)) is not None:
             configure.append(f"-DCMAKE_MAKE_PROGRAM={ninja}")
         subprocess.run(configure, check=True)
-        subprocess.run([cmake, "--build", str(work)], check=True)
+        jobs = os.environ.get("MAX_JOBS")  # the name that torch's own builds read
+        subprocess.run([cmake, "--build", str(work), *(["--parallel", jobs] if jobs else [])], check=True)
         built = next(work.glob("_C*.so"), None) or next(work.glob("_C*.pyd"))
         target.parent.mkdir(parents=True, exist_ok=True)
         # a new file, not an overwritten one: a running process keeps the module it has mapped

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from coachhook_fast.models.loading import load_model
     from coachhook_fast.request import EditRequest
 
-__version__ = "0.1.0"
+__version__ = "0.1.0"  # pyproject.toml reads it here
 
 # Imported when first asked for: `coachhook --help` then needs neither torch nor transformers.
 _HOMES = {

@@ -52,6 +52,24 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped where there is none")
 
 
+def pytest_sessionstart() -> None:
+    """Where the extension must be there, its absence fails the session: tests that need it would only be skipped."""
+    if os.environ.get("COACHHOOK_REQUIRE_EXT") == "1":
+        from coachhook_fast.ops import build_info
+
+        info = build_info()
+        if not info["extension"]:
+            pytest.exit(f"COACHHOOK_REQUIRE_EXT=1 and no extension: {info['reason']}", returncode=1)
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """$COACHHOOK_RECORD names a file for the versions and counts of this run: a row of docs/compatibility.md."""
+    if file := os.environ.get("COACHHOOK_RECORD"):
+        from recorded_run import record
+
+        Path(file).write_text(record(config, {name: len(found) for name, found in terminalreporter.stats.items()}))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:  # the real model is not of the quick tier
         if "smollm2" in getattr(item, "fixturenames", ()):

@@ -7,10 +7,12 @@ backend (``CompositeExplicitAutograd``); the extension overrides the CPU key, Tr
 
 from __future__ import annotations
 
-import functools
-import threading
+import importlib.util
+import mmap
+import re
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -18,18 +20,44 @@ import torch
 
 LIBRARY = torch.library.Library("coachhook", "DEF")
 
-_warned = threading.Event()
+
+def built_for(file: Path) -> str | None:
+    """The minor version of torch that an extension was built for, such as "2.13"; None where the file does not say."""
+    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        found = re.search(rb"coachhook built for torch (\d+\.\d+)", content)
+        return found[1].decode() if found else None
+
+
+def other_torch(file: Path) -> str:
+    """Why an extension does not go with this torch, or "". Asked before it is loaded: a library of another minor
+    version may find every symbol and mean something else by it."""
+    wanted, here = built_for(file), ".".join(torch.__version__.split(".")[:2])
+    if wanted in (None, here):
+        return ""
+    return f"it was built for torch {wanted}, and this is torch {torch.__version__}"
 
 
 def _load_extension() -> tuple[ModuleType | None, str]:
     try:
+        found = importlib.util.find_spec("coachhook_fast._C")
+        if found is not None and found.origin and (reason := other_torch(Path(found.origin))):
+            return None, reason
         from coachhook_fast import _C  # type: ignore[attr-defined]
-    except ImportError as error:
+    except (ImportError, OSError, ValueError) as error:  # ValueError: an empty file, or a module without a spec
         return None, str(error)
     return _C, ""
 
 
 EXTENSION, _REASON = _load_extension()
+if EXTENSION is None:  # once for each process: a module is run once
+    warnings.warn(
+        f"coachhook-fast runs without its C++ extension ({_REASON}): results are the same, CPU work is slower. Install "
+        f"a wheel for torch {'.'.join(torch.__version__.split('.')[:2])}, or build it: GCC >= 12 or clang, CMake >= "
+        "3.19, `pip install pybind11 ninja`, then `pip install --no-build-isolation coachhook-fast`. `coachhook "
+        "doctor` says what is here.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 def extension_available() -> bool:
@@ -44,19 +72,6 @@ def build_info() -> dict[str, Any]:
     return {"extension": True, **EXTENSION.build_info()}
 
 
-def warn_without_extension() -> None:
-    """Say once, at the first use of an op, that the reference path runs."""
-    if EXTENSION is None and not _warned.is_set():
-        _warned.set()
-        warnings.warn(
-            f"coachhook-fast runs without its C++ extension ({_REASON}): results are the same, CPU work is "
-            "slower. Install GCC >= 12 or clang, and CMake, then "
-            "`pip install --no-build-isolation coachhook-fast`.",
-            RuntimeWarning,
-            stacklevel=4,
-        )
-
-
 def define(schema: str, fallback: Callable[..., Any], fake: Callable[..., Any]) -> None:
     """Define one op.
 
@@ -66,11 +81,6 @@ def define(schema: str, fallback: Callable[..., Any], fake: Callable[..., Any]) 
     """
     name = schema.split("(", 1)[0]
 
-    @functools.wraps(fallback)
-    def reference(*args: Any, **kwargs: Any) -> Any:
-        warn_without_extension()
-        return fallback(*args, **kwargs)
-
     LIBRARY.define(schema)
-    LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    LIBRARY.impl(name, fallback, "CompositeExplicitAutograd")
     torch.library.register_fake(f"coachhook::{name}", fake, lib=LIBRARY)

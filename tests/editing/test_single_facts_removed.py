@@ -175,7 +175,7 @@ def test_restoring_brings_back_what_was_replaced_and_removed() -> None:
         other.restore(edits)
 
 
-FIXTURES = Path(__file__).resolve().parents[1] / "fixtures" / "edit_sets"
+FIXTURES = Path(__file__).resolve().parents[1] / "fixtures" / "edit_sets" / "0.1.0"
 
 
 @pytest.mark.filterwarnings("ignore:settings by former names:FutureWarning")

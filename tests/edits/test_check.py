@@ -21,7 +21,7 @@ from coachhook_fast.edits.delta import LowRankDelta
 from coachhook_fast.edits.removal import without
 from coachhook_fast.edits.threshold import Threshold
 
-FIXTURES = Path(__file__).resolve().parents[1] / "fixtures" / "edit_sets"
+FIXTURES = Path(__file__).resolve().parents[1] / "fixtures" / "edit_sets" / "0.1.0"
 
 
 @pytest.fixture

@@ -1,4 +1,5 @@
-"""Edit sets that an earlier version saved (tests/fixtures/edit_sets): loaded, served, gone on from as they were then.
+"""Edit sets that released versions saved (tests/fixtures/edit_sets/VERSION, `make fixtures`): loaded, served, gone on
+from as they were then.
 
 `expected.safetensors` holds what that version gave: token ids, logits of the last token after the last batch and after
 the first, each layer's Δ. The base model lies beside it, for random numbers may differ elsewhere.
@@ -6,6 +7,7 @@ the first, each layer's Δ. The base model lies beside it, for random numbers ma
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import warnings
@@ -21,8 +23,9 @@ from tiny import tiny_model, tiny_texts, tiny_tokenizer
 from coachhook_fast import EditConfig, Editor, load_edits
 from coachhook_fast.edits import store
 
-FOLDER = Path(__file__).resolve().parents[1] / "fixtures" / "edit_sets"
-EXPECTED = load_file(FOLDER / "expected.safetensors")
+FIXTURES = Path(__file__).resolve().parents[1] / "fixtures" / "edit_sets"
+VERSIONS = sorted(path.name for path in FIXTURES.iterdir() if path.is_dir())
+FOLDER = FIXTURES / "0.1.0"  # the one with settings by former names
 SETS = ("round_robin", "sequence", "two_batches")
 FORMER = {
     "layer_turns": "round_robin", "others_weight": "other_layers_weight", "namesakes": "hard_negatives",
@@ -32,19 +35,24 @@ FORMER = {
 pytestmark = pytest.mark.filterwarnings("ignore:settings by former names:FutureWarning")
 
 
-def base() -> Any:
+every_version = pytest.mark.parametrize("version", VERSIONS)
+
+
+def base(version: str) -> Any:
     model = tiny_model("llama")
-    model.load_state_dict(load_file(FOLDER / "model.safetensors"))
+    model.load_state_dict(load_file(FIXTURES / version / "model.safetensors"))
     return model
 
 
-def expected(kind: str) -> list[torch.Tensor]:
-    return [EXPECTED[f"{kind}.{n}"] for n in range(sum(name.startswith(f"{kind}.") for name in EXPECTED))]
+@functools.cache
+def expected(version: str, kind: str) -> list[torch.Tensor]:
+    values = load_file(FIXTURES / version / "expected.safetensors")
+    return [values[f"{kind}.{n}"] for n in range(sum(name.startswith(f"{kind}.") for name in values))]
 
 
 @torch.no_grad()
-def last_logits(model: Any) -> list[torch.Tensor]:
-    return [model(ids[None]).logits[0, -1] for ids in expected("ids")]
+def last_logits(version: str, model: Any) -> list[torch.Tensor]:
+    return [model(ids[None]).logits[0, -1] for ids in expected(version, "ids")]
 
 
 def assert_close(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> None:
@@ -52,41 +60,45 @@ def assert_close(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> None:
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
+@every_version
 @pytest.mark.parametrize("name", SETS)
-def test_it_serves_what_it_served(name: str) -> None:
-    wanted = expected(f"{name}.logits")
-    clean = last_logits(base())
+def test_it_serves_what_it_served(version: str, name: str) -> None:
+    wanted = expected(version, f"{name}.logits")
+    clean = last_logits(version, base(version))
     assert max(float((one - other).abs().max()) for one, other in zip(clean, wanted, strict=True)) > 0.1
-    assert_close(last_logits(load_edits(base(), FOLDER / name)), wanted)
+    assert_close(last_logits(version, load_edits(base(version), FIXTURES / version / name)), wanted)
 
 
+@every_version
 @pytest.mark.parametrize("name", SETS)
-def test_it_reads_what_was_written(name: str) -> None:
-    edits = store.load(FOLDER / name)
-    for delta, wanted in zip(edits.deltas, expected(f"{name}.delta"), strict=True):
+def test_it_reads_what_was_written(version: str, name: str) -> None:
+    edits = store.load(FIXTURES / version / name)
+    for delta, wanted in zip(edits.deltas, expected(version, f"{name}.delta"), strict=True):
         assert torch.equal(delta.dense(), wanted)
     assert [len(batch.outcomes) for batch in edits.batches] == ([2] if name == "sequence" else [2, 3])
 
 
+@every_version
 @pytest.mark.parametrize("name", SETS)
-def test_editing_goes_on(name: str, tmp_path: Path) -> None:
-    shutil.copytree(FOLDER / name, tmp_path / name)
-    editor = Editor(base(), tiny_tokenizer(), edits=tmp_path / name)
+def test_editing_goes_on(version: str, name: str, tmp_path: Path) -> None:
+    shutil.copytree(FIXTURES / version / name, tmp_path / name)
+    editor = Editor(base(version), tiny_tokenizer(), edits=tmp_path / name)
     editor.collect_statistics(tiny_texts(12), progress=False)
-    assert_close(last_logits(editor.model), expected(f"{name}.logits"))
+    assert_close(last_logits(version, editor.model), expected(version, f"{name}.logits"))
     edit(editor, facts(2, seed=7))
     editor.save_pretrained(tmp_path / name)
     editor.rollback(editor.ledger[-1].id)
-    assert_close(last_logits(editor.model), expected(f"{name}.logits"))
+    assert_close(last_logits(version, editor.model), expected(version, f"{name}.logits"))
     assert len(store.load(tmp_path / name).batches) == len(editor.ledger) + 1
 
 
+@every_version
 @pytest.mark.parametrize("name", ["round_robin", "two_batches"])
-def test_a_batch_is_rolled_back(name: str) -> None:
-    editor = Editor(base(), tiny_tokenizer(), edits=FOLDER / name)
+def test_a_batch_is_rolled_back(version: str, name: str) -> None:
+    editor = Editor(base(version), tiny_tokenizer(), edits=FIXTURES / version / name)
     editor.collect_statistics(tiny_texts(12), progress=False)
     editor.rollback(editor.ledger[-1].id)
-    assert_close(last_logits(editor.model), expected(f"{name}.first_batch"))
+    assert_close(last_logits(version, editor.model), expected(version, f"{name}.first_batch"))
 
 
 @pytest.mark.parametrize("name", SETS)

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -281,38 +277,6 @@ def test_inference_mode_and_gradients_do_not_matter() -> None:
     X, _ = chol_solve(L, K.clone().requires_grad_())
     with torch.inference_mode():
         assert torch.equal(chol_solve(L, K)[0], X)
-
-
-WITHOUT_EXTENSION = """
-import sys, warnings
-sys.modules["coachhook_fast._C"] = None
-import torch
-from coachhook_fast.editing.key_memory import KeyMemory
-from coachhook_fast.ops import build_info, extension_available
-assert not extension_available() and "reason" in build_info()
-with warnings.catch_warnings(record=True) as caught:
-    warnings.simplefilter("always")
-    memory = KeyMemory.from_second_moment(torch.eye(5), 2.0)
-    X, s = memory.solve_update(torch.ones(5, 1))
-    memory.downdate(torch.ones(5, 1))
-said = [w for w in caught if "without its C++ extension" in str(w.message)]
-assert len(said) == 1, said
-assert torch.allclose(X, torch.full((5, 1), 1 / 7, dtype=X.dtype)) and torch.allclose(s, torch.tensor([2.5]).to(s))
-assert torch.allclose(memory.matrix(), 2 * torch.eye(5, dtype=torch.float64))
-"""
-
-
-def test_runs_without_the_extension_and_says_so_once() -> None:
-    folder = Path(__file__).resolve().parents[1]  # not the root: its `kernels` would shadow another package
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_EXTENSION],
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
 
 
 def test_keys_beyond_all_digits_are_refused_with_nothing_changed() -> None:
