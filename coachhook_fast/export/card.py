@@ -6,8 +6,13 @@ import json
 from typing import Any
 
 _LOADING = {
-    "peft": "model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), FOLDER)",
-    "merged": "model = AutoModelForCausalLM.from_pretrained(FOLDER)",
+    "peft": """from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), FOLDER)""",
+    "merged": """from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained(FOLDER)""",
 }
 _WHAT = {
     "peft": "a LoRA adapter in PEFT's format (rank {rank}, alpha {rank})",
