@@ -25,8 +25,8 @@ namespace py = pybind11;
 
 namespace {
 
-// coachhook_fast/ops/_library.py looks for these words in the file before it loads it: the libraries of another
-// minor version of torch may lack a symbol, or have it with another meaning.
+// coachhook_fast/ops/_library.py looks for these words in the file before it loads it: the libraries of
+// another minor version of torch may lack a symbol, or have it with another meaning.
 constexpr char kBuiltFor[] = "coachhook built for torch " COACHHOOK_TORCH_VERSION;
 
 py::dict build_info() {
